@@ -1,0 +1,57 @@
+"""CutOut, CutMix and ClassMix: the three ways to mix a batch of pseudo-labelled images (paper, section 3.3)."""
+import torch
+from torch import Tensor
+
+IGNORE = 255
+STRATEGIES = ("cutout", "cutmix", "classmix")
+
+
+@torch.no_grad()
+def mix(images: Tensor, labels: Tensor, confidence: Tensor, strategy: str, fill: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix each image with the next one of the batch (the last with the first), under one mask for all three.
+
+    images [B, 3, H, W] float; labels [B, H, W] int64, 255 = ignored; confidence [B, H, W] float in [0, 1].
+    cutout    a random rectangle of half the area is removed: `fill` in the image, ignored, confidence 0
+    cutmix    that rectangle comes from the next image
+    classmix  a random half (rounded down) of the classes in the label is kept, the rest comes from the next image
+    Returns the mixed three. Nothing waits for the device. Raises ValueError for another strategy.
+    """
+    if strategy == "classmix":
+        keep = class_mask(labels)
+    elif strategy in ("cutout", "cutmix"):
+        keep = ~rectangle_mask(*labels.shape).to(labels.device, non_blocking=True)
+    else:
+        raise ValueError(f"mixing strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
+    if strategy == "cutout":
+        others = fill if isinstance(fill, float) else fill.to(images), IGNORE, 0.0
+    else:
+        others = images.roll(-1, 0), labels.roll(-1, 0), confidence.roll(-1, 0)  # image b + 1 in the place of b
+    return (torch.where(keep[:, None], images, others[0]), torch.where(keep, labels, others[1]),
+            torch.where(keep, confidence, others[2]))
+
+
+def rectangle_mask(batch: int, height: int, width: int) -> Tensor:
+    """[B, H, W] bool, on the CPU: True inside one rectangle per image of half its area, of random shape and place."""
+    if width < 2 or height < 2:
+        return torch.zeros(batch, height, width, dtype=torch.bool)
+    u = torch.rand(batch, 3)
+    w = (width / 2 + 1 + u[:, 0] * (width / 2 - 1)).long().clamp(max=width)  # more than half of the width ...
+    h = (height * width / 2 / w).round().long()                               # ... so less than the height
+    x0, y0 = (u[:, 1] * (width - w + 1)).long(), (u[:, 2] * (height - h + 1)).long()
+    x, y = torch.arange(width), torch.arange(height)
+    in_x = (x >= x0[:, None]) & (x < (x0 + w)[:, None])  # [B, W]
+    in_y = (y >= y0[:, None]) & (y < (y0 + h)[:, None])  # [B, H]
+    return in_y[:, :, None] & in_x[:, None, :]
+
+
+def class_mask(labels: Tensor) -> Tensor:
+    """[B, H, W] bool: True on the pixels of a random half (rounded down) of the classes in each label map."""
+    flat = labels.flatten(1)
+    present = torch.zeros(len(flat), IGNORE + 1, dtype=torch.bool, device=labels.device)
+    present.scatter_(1, flat, True)
+    present[:, IGNORE] = False  # padding is no class: it always gives way to the next image
+    # a random order of the present classes: the absent ones get the lowest scores and stand last
+    score = torch.rand(present.shape, device=labels.device).masked_fill(~present, -1.0)
+    rank = score.argsort(dim=1, descending=True).argsort(dim=1)
+    chosen = present & (rank < present.sum(dim=1, keepdim=True) // 2)
+    return chosen.gather(1, flat).view_as(labels)

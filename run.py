@@ -1,0 +1,633 @@
+"""What every run needs and no experiment is about: options, the run's folder, checkpoint and resume, logging."""
+import argparse
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import evaluate
+import models
+from data import UserError
+
+# Defaults by data set. lr is for `batch_size` images per step (the labelled ones; train_semi.py adds as many unlabelled,
+# train_supervised.py doubles them at the same rate, as in the paper).
+PAPER = dict(backbone="resnet101.tv_in1k", pretrained=True, output_stride=16, decoder_stride=4, channels=256, low_channels=48, rep_dim=256,
+             aspp_rates=[6, 12, 18], crop_size=[321], scale=[0.5, 1.5], batch_size=10, lr=2.5e-3, iterations=40_000, val_interval=500,
+             warmup_iterations=0, num_labeled=0, num_workers=min(8, os.cpu_count() or 1))
+RECIPES = {
+    "cityscapes": PAPER | dict(crop_size=[512], scale=[1.0, 1.0], batch_size=2),
+    "pascal": PAPER,
+    "sun": PAPER | dict(batch_size=5),
+    "folder": PAPER | dict(batch_size=8),
+    # no pretrained weights, 64x64 images: a small network of output stride 8 with a decoder at stride 2, and a higher rate
+    "street": PAPER | dict(backbone="test_resnet", pretrained=False, output_stride=8, decoder_stride=2, channels=64, low_channels=24, rep_dim=32,
+                           aspp_rates=[1, 2, 3], crop_size=[64], scale=[0.8, 1.25], batch_size=8, lr=0.4, iterations=1500, val_interval=250,
+                           warmup_iterations=0, num_labeled=20, num_workers=0),
+}
+# What may differ between a run and its resumption without changing the result.
+HARMLESS = {"resume", "out_dir", "num_workers", "save_interval", "log_interval", "log_with", "cache_dir", "data_path", "compile"}
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # one line, without the usage
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # a default of None is told in the text
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def number(kind, low, high, what):
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+    return convert
+
+
+positive = number(int, 1, 2 ** 40, "a whole number above 0")
+natural = number(int, 0, 2 ** 40, "a whole number from 0 on")
+positive_float = number(float, 1e-12, 1e12, "a number above 0")
+non_negative = number(float, 0, 1e12, "a number from 0 on")
+share = number(float, 0, 1, "a number from 0 to 1")
+
+
+def training_parser(description: str, semi: bool) -> Parser:
+    """The options of both training scripts. A default of None stands for the data set's own (RECIPES)."""
+    parser = Parser(description=description, formatter_class=Formatter)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=list(data.SOURCES), default="street", help="street is drawn in memory; folder is your own data")
+    add("--data-path", metavar="DIR", help="where the data set lies, as downloaded and extracted")
+    add("--num-labeled", type=natural, metavar="N", help="number of fully labelled images, 0 = every image (street: 20, others: 0)")
+    add("--label-ratio", choices=list(data.RATIOS), help="partial labels: every image keeps 1 pixel, 1 %%, 5 %%, 25 %% of each class's pixels")
+    add("--labeled-list", metavar="FILE", help="a published split: one image per line")
+    add("--seed", type=natural, default=0, help="of everything random: split, weights, order, augmentation, sampling")
+    add("--crop-size", type=positive, nargs="+", metavar="N", help="training crop, one side or height and width (cityscapes 512, street 64, others 321)")
+    add("--scale", type=positive_float, nargs=2, metavar=("MIN", "MAX"), help="random scale of training images (cityscapes 1 1, street 0.8 1.25, others 0.5 1.5)")
+    add("--max-size", type=positive, default=1024, metavar="N", help="folder: larger pictures are brought down to this longer side")
+    add("--num-workers", type=natural, help="processes that read images (street: 0, others: the cores, at most 8)")
+    add("--cache-dir", metavar="DIR", help="keep training-size copies of the images here, written once, reused")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=["reconet", "deeplabv3plus"], default="reconet", help="reconet = DeepLabV3+ with the representation head of ReCo")
+    add("--backbone", metavar="NAME", help="any timm name that yields a feature pyramid, or a ViT (street: test_resnet, others: resnet101.tv_in1k)")
+    add("--pretrained", action=argparse.BooleanOptionalAction, default=None, help="start from timm's ImageNet weights (street: no, others: yes)")
+    add("--output-stride", type=int, choices=[8, 16, 32], help="of the deepest features (street: 8, others: 16)")
+    add("--decoder-stride", type=int, choices=[2, 4, 8], help="of the decoder and of the representation (street: 2, others: 4)")
+    add("--channels", type=positive, help="width of the ASPP and the heads (street: 64, others: 256)")
+    add("--low-channels", type=positive, help="width of the projected low-level features (street: 24, others: 48)")
+    add("--rep-dim", type=positive, help="channels of the representation (street: 32, others: 256)")
+    add("--aspp-rates", type=positive, nargs=3, metavar="R", help="atrous rates (street: 1 2 3, others: 6 12 18)")
+    add("--init-from", metavar="RUN", help="start from the weights of a finished run (of the same classes) instead of the backbone's")
+    add = parser.add_argument_group("regional contrast (ReCo)").add_argument
+    add("--reco", action="store_true", help="add the regional contrast loss")
+    add("--reco-weight", type=non_negative, default=1.0, help="its weight")
+    add("--reco-temp", type=positive_float, default=0.5, help="temperature of similarities and of the class-relation graph")
+    add("--reco-num-queries", type=positive, default=256, help="queries per class")
+    add("--reco-num-negatives", type=positive, default=512, help="negative keys per query")
+    add("--reco-threshold", type=positive_float, default=0.97, help="strong threshold: pixels predicted below it are hard queries; it also sets the weight "
+        "of the unlabelled images. Above 1 every pixel is a query")
+    add("--reco-sampling", choices=["stratified", "independent"], default="stratified",
+        help="how queries and keys are drawn: same expectation, stratified has less variance; independent is the paper's plain sampling")
+    if semi:
+        add = parser.add_argument_group("mean teacher and mixing").add_argument
+        add("--mixing-strategy", choices=["cutout", "cutmix", "classmix"], default="classmix", help="how unlabelled images are mixed")
+        add("--weak-threshold", type=share, default=0.7, help="pseudo-labels of at least this confidence join ReCo")
+        add("--warmup-iterations", type=natural, help="supervised steps before the unlabelled images join (0; needed where a teacher from random weights never starts)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--iterations", type=positive, help="training steps (street: 1500, others: 40000)")
+    add("--batch-size", type=positive, help="images per step and process" + (": so many labelled and as many unlabelled" if semi else "")
+        + (" (cityscapes 2, sun 5, street and folder 8, pascal 10" + (")" if semi else "; without unlabelled images twice that)")))
+    add("--lr", type=positive_float, help="base learning rate, used as given (street: 0.4, others: 0.0025; by default it follows the global batch in proportion)")
+    add("--compile", action="store_true", help="torch.compile through Accelerate's dynamo plugin")
+    add = parser.add_argument_group("run").add_argument
+    add("--out-dir", metavar="DIR", help="the run's folder (default runs/<dataset>-<method>-<labels>-seed<seed>, numbered when taken)")
+    add("--resume", action="store_true", help="go on with the run in --out-dir (default: the newest of the default name); options not given are the run's")
+    add("--val-interval", type=positive, help="steps between validations (street: 250, others: 500)")
+    add("--save-interval", type=positive, help="steps between checkpoints (default: the validation interval)")
+    add("--log-interval", type=positive, default=25, help="steps between points in the curves")
+    add("--log-with", default="tensorboard", metavar="NAME", help="a tracker that Accelerate knows, or none")
+    return parser
+
+
+def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
+    """Options with the data set's defaults filled in; for --resume those of the run. Raises UserError for what has no meaning."""
+    args = parser.parse_args(argv)
+    for action in parser._actions:  # once more, to learn which options were given
+        action.default = argparse.SUPPRESS
+    given = vars(parser.parse_args(argv))
+    args.method = (args.mixing_strategy if semi else "supervised") + ("-reco" if args.reco else "")
+    if args.resume:
+        folder = Path(args.out_dir) if args.out_dir else newest(default_folder(args))
+        saved = read_config(folder)["arguments"]
+        if saved["script"] != parser.prog:
+            raise UserError(f"--resume: {folder} is a run of {saved['script']}, not of {parser.prog}")
+        differing = [f"--{k.replace('_', '-')} {given[k]} (the run: {saved.get(k)})" for k in given
+                     if k not in HARMLESS and normal(saved.get(k), k) != normal(given[k], k)]
+        if differing:
+            raise UserError(f"--resume {folder}: {', '.join(differing)} would change the result; leave it out, or start a new run")
+        args = argparse.Namespace(**{**saved, **{k: v for k, v in given.items() if k in HARMLESS}, "out_dir": str(folder), "resume": True})
+        return args
+
+    args.script, args.lr_given = parser.prog, args.lr is not None
+    recipe = dict(RECIPES[args.dataset])
+    if not semi:
+        recipe["batch_size"] *= 2
+        del recipe["warmup_iterations"]
+    if "backbone" in given and "pretrained" not in given and args.dataset == "street":
+        recipe["pretrained"] = False
+    args.recipe_batch = recipe["batch_size"]
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.save_interval = args.save_interval or args.val_interval
+    args.crop_size = normal(args.crop_size, "crop_size")
+
+    if args.reco and args.model == "deeplabv3plus":
+        raise UserError("--reco needs the representation head: use --model reconet (deeplabv3plus has none)")
+    if args.label_ratio and "num_labeled" in given:
+        raise UserError("--label-ratio and --num-labeled exclude each other: partial labels are on every image")
+    if args.labeled_list and ("num_labeled" in given or args.label_ratio):
+        raise UserError("--labeled-list excludes --num-labeled and --label-ratio: the list says which images are labelled")
+    if len(args.crop_size) > 2 or min(args.crop_size) < 16:
+        raise UserError(f"--crop-size {' '.join(map(str, args.crop_size))}: one side or height and width, 16 or more")
+    if args.scale[0] > args.scale[1]:
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: the smaller one stands first")
+    if not args.reco:
+        idle = [k for k in given if k.startswith("reco_") and not (semi and k == "reco_threshold")]
+        if idle:
+            raise UserError(f"--{idle[0].replace('_', '-')} has no meaning without --reco")
+    if "max_size" in given and args.dataset != "folder":
+        raise UserError("--max-size has a meaning with --dataset folder alone; the other data sets have a fixed size")
+    if semi and args.warmup_iterations >= args.iterations:
+        raise UserError(f"--warmup-iterations {args.warmup_iterations}: the run has only {args.iterations} iterations, so no unlabelled image would be used")
+    if args.log_with not in ("none", "tensorboard"):
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+        if args.log_with not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"--log-with {args.log_with}: Accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}; or none")
+    return args
+
+
+def normal(value, name: str):
+    return list(value) * 2 if name == "crop_size" and isinstance(value, (list, tuple)) and len(value) == 1 else value
+
+
+def add_trained_options(parser: Parser) -> None:
+    """The options that name a trained model, for evaluate.py and predict.py."""
+    parser.add_argument("run", nargs="?" if parser.prog == "evaluate.py" else None, help="a run's folder" if parser.prog == "evaluate.py" else argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run")
+
+
+# ---------------------------------------------------------------------------------------------------------- the folder
+def default_folder(args: argparse.Namespace) -> Path:
+    labels = args.label_ratio or (Path(args.labeled_list).stem if args.labeled_list else str(args.num_labeled or RECIPES[args.dataset]["num_labeled"] or "all"))
+    if args.num_labeled == 0:
+        labels = args.label_ratio or (Path(args.labeled_list).stem if args.labeled_list else "all")
+    return Path("runs") / f"{args.dataset}-{args.method}-{labels}-seed{args.seed}"
+
+
+def numbered(folder: Path):
+    yield folder
+    for i in range(2, 10_000):
+        yield folder.with_name(f"{folder.name}-{i}")
+
+
+def newest(folder: Path) -> Path:
+    taken = [p for p in numbered(folder) if p.exists()] if folder.exists() else []
+    if not taken:
+        raise UserError(f"--resume: there is no run {folder}; name it with --out-dir")
+    return taken[-1]
+
+
+def choose_folder(args: argparse.Namespace, accelerator: Accelerator) -> Path:
+    """The run's folder, the same on every process. Nothing is written yet."""
+    choice = [None]
+    if accelerator.is_main_process:
+        folder = Path(args.out_dir) if args.out_dir else next(p for p in numbered(default_folder(args)) if not p.exists())
+        choice = [str(folder)]
+        if not args.resume and (folder / "config.json").exists():
+            choice = [UserError(f"--out-dir {folder}: holds a run already; go on with it (--resume) or choose another folder")]
+        elif not args.resume and folder.exists() and not folder.is_dir():
+            choice = [UserError(f"--out-dir {folder}: is a file, not a folder")]
+        elif not args.resume:
+            parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+            if not os.access(parent, os.W_OK | os.X_OK):
+                choice = [UserError(f"--out-dir {folder}: {parent} is not writable")]
+    broadcast_object_list(choice)
+    if isinstance(choice[0], UserError):
+        raise choice[0]
+    return Path(choice[0])
+
+
+def write(path: Path, writer) -> None:
+    """`data.atomic_write`, the folder made where needed; a full disk or a missing right is told in one line."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.atomic_write(path, writer)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); what stood there before is whole. Mend it, then go on with --resume") from None
+    except RuntimeError as error:  # torch's writer wraps the system's error
+        if "write" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise UserError(f"{path}: cannot be written (disk full?); what stood there before is whole. Mend it, then go on with --resume") from None
+
+
+def write_json(path: Path, content) -> None:
+    write(path, lambda file: file.write((json.dumps(content, indent=1, default=str) + "\n").encode()))
+
+
+def write_weights(folder: Path, model: nn.Module) -> None:
+    """model.safetensors, the weights to use."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    write(folder / "model.safetensors", lambda file: file.write(save(tensors)))
+
+
+def read_config(folder: Path) -> dict:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        config["model"]["num_classes"], config["classes"], config["arguments"]["dataset"]
+        return config
+    except FileNotFoundError:
+        raise UserError(f"{folder}: is no run's folder (it has no config.json)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'}: is damaged ({type(error).__name__}: {error})") from None
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], origin) -> None:
+    """Into the model, all of them; UserError where names or shapes do not fit."""
+    own = model.state_dict()
+    shapes = [f"{k} is {tuple(v.shape)}, expected {tuple(own[k].shape)}" for k, v in weights.items() if k in own and v.shape != own[k].shape]
+    missing, extra = [k for k in own if k not in weights], [k for k in weights if k not in own]
+    if shapes or missing or extra:
+        what = shapes[0] if shapes else f"it lacks {missing[0]}" if missing else f"it has {extra[0]} beyond the network"
+        raise UserError(f"{origin}: does not fit the network ({what}; {len(shapes) + len(missing) + len(extra)} entries differ): another architecture or class count")
+    model.load_state_dict(weights)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the run has not been validated yet") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: is truncated or no safetensors file ({str(error).splitlines()[0]})") from None
+
+
+def read_torch(path: Path):
+    """torch.load without unpickling code; UserError for a damaged file or one with anything but tensors in it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # the unpickler and the zip reader raise many kinds
+        raise UserError(f"{path}: is damaged or holds more than plain tensors, so it is not loaded ({type(error).__name__})") from None
+
+
+def build_model(config: dict) -> nn.Module:
+    return models.DeepLabV3Plus(**{**config["model"], "pretrained": False})
+
+
+def load_trained(args: argparse.Namespace, device) -> tuple[nn.Module, dict]:
+    """The trained network in eval mode, and its config, of a run or of a published ReCo checkpoint."""
+    if bool(args.run) == bool(args.checkpoint):
+        raise UserError("name either a run's folder or --checkpoint FILE")
+    if args.checkpoint:
+        if not args.dataset or args.dataset in ("street", "folder"):
+            raise UserError("--checkpoint needs --dataset cityscapes, pascal or sun: the file does not say what it was trained on")
+        state = read_torch(Path(args.checkpoint))
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise UserError(f"{args.checkpoint}: is no dictionary of tensors, as the published checkpoints are")
+        classes, palette, table = {"cityscapes": ([c[1] for c in data.CITYSCAPES], [c[2] for c in data.CITYSCAPES]), "pascal": (data.PASCAL, data.voc_palette(21)),
+                                   "sun": (data.SUN, data.voc_palette(38)[1:])}[args.dataset] + (None,)
+        recipe = RECIPES[args.dataset]
+        config = {"model": {"num_classes": len(classes), "backbone": "resnet101", "rep_dim": 256}, "classes": classes, "palette": palette,
+                  "crop_size": recipe["crop_size"] * 2, "arguments": {"dataset": args.dataset, "data_path": None, "max_size": None}}
+        model, weights, origin = build_model(config), models.convert_reco_checkpoint(state), args.checkpoint
+    else:
+        config = read_config(Path(args.run))
+        model, origin = build_model(config), Path(args.run) / "model.safetensors"
+        weights = read_weights(origin)
+    load_weights(model, weights, origin)
+    return model.to(device).eval(), config
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """checkpoint/state.pt: everything a resumed run needs. Random state is no part of it: every draw is a function of (seed, step)."""
+    write(folder / "checkpoint" / "state.pt", lambda file: torch.save(state, file))
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """The saved state, or None for a run that was stopped before its first checkpoint."""
+    for partial in [*folder.glob(".*.part"), *folder.glob("checkpoint/.*.part")]:  # of a run killed while it wrote
+        partial.unlink()
+    path = folder / "checkpoint" / "state.pt"
+    return read_torch(path) if path.exists() else None
+
+
+# ---------------------------------------------------------------------------------------------------------- beginnings
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    # DDP sends rank 0's batch-norm statistics round at every forward: all processes evaluate and save the same network
+    accelerator = Accelerator(log_with=None if args.log_with == "none" else args.log_with, project_dir=".", dynamo_backend="inductor" if args.compile else None,
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
+    if accelerator.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return accelerator
+
+
+def seed_step(seed: int, step: int, rank: int) -> np.random.Generator:
+    """Everything drawn in a step is a function of (seed, step, process): torch is seeded for the sampling and the mixing, the
+    generator returned draws the augmentation."""
+    sequence = np.random.SeedSequence([seed, 7, step, rank])
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
+    return np.random.default_rng(sequence)
+
+
+def learning_rate(base: float, step: int, iterations: int) -> float:
+    """Polynomial decay of power 0.9 with a floor of 1e-6; a function of the step, so it ends where it should on any number of processes."""
+    return max(base * (1 - step / iterations) ** 0.9, 1e-6)
+
+
+def to_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a process holds few images; statistics come from all
+    return model.to(accelerator.device, memory_format=torch.channels_last)
+
+
+def new_model(args: argparse.Namespace, source: data.Source) -> tuple[nn.Module, dict]:
+    """The network with its first weights, and what config.json says of it."""
+    torch.manual_seed(args.seed)
+    shape = dict(num_classes=len(source.classes), backbone=args.backbone, rep_dim=args.rep_dim if args.model == "reconet" else None, output_stride=args.output_stride,
+                 decoder_stride=args.decoder_stride, channels=args.channels, low_channels=args.low_channels, aspp_rates=args.aspp_rates)
+    model = models.DeepLabV3Plus(**shape, pretrained=args.pretrained and not args.init_from and not args.resume)
+    if args.init_from:
+        weights = read_weights(Path(args.init_from) / "model.safetensors")
+        if read_config(Path(args.init_from))["classes"] != source.classes:
+            raise UserError(f"--init-from {args.init_from}: was trained on other classes than those of --dataset {args.dataset}")
+        if args.model == "deeplabv3plus":
+            weights = {k: v for k, v in weights.items() if not k.startswith("representation.")}
+        load_weights(model, weights, f"--init-from {args.init_from}")
+    return model, {"model": shape, "parameters": sum(p.numel() for p in model.parameters()), "classes": source.classes, "palette": source.palette, "mean": data.MEAN, "std": data.STD, "crop_size": args.crop_size,
+                   "arguments": vars(args)}
+
+
+def quiet_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+
+
+# ---------------------------------------------------------------------------------------------------------- the record
+class Stop:
+    """SIGTERM and Ctrl-C ask for a stop at the next step; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame) -> None:
+        if self.signal == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+class Record:
+    """What is seen and kept of a run: start line, progress bar, curves, pictures, validation, the best weights, checkpoints. It trains nothing."""
+
+    def __init__(self, args, accelerator: Accelerator, folder: Path, source: data.Source, config: dict, labelled: list, unlabelled: list | None, partial: bool,
+                 state: dict | None):
+        self.args, self.accelerator, self.folder, self.source, self.config = args, accelerator, folder, source, config
+        self.main, processes = accelerator.is_main_process, accelerator.num_processes
+        self.step, self.best, self.history, self.skipped, self.loaders = 0, None, [], 0, []
+        self.sums, self.since, self.first_bad, self.bad_parts = {}, time.monotonic(), None, None
+        self.control = torch.distributed.new_group(backend="gloo") if processes > 1 else None  # carries a signal round without the device
+        self.base_rate = args.lr if args.lr_given else args.lr * args.batch_size * processes / args.recipe_batch
+        self.val_loader = evaluate.evaluation_loader(source, source.val, 4 if source.name != "street" else 50, min(2, args.num_workers), accelerator)
+        if state:
+            self.step, self.best, self.history, self.skipped = state["step"], state["best"], state["history"], state["skipped"]
+        elif self.main:
+            config["arguments"] = {**config["arguments"], "processes": processes, "mixed_precision": accelerator.mixed_precision}
+            write(folder / "labeled.txt", lambda file: file.write("".join(f"{s.name}\n" for s in labelled).encode()))
+            write_json(folder / "config.json", config)
+        if args.resume:
+            saved = read_config(folder)["arguments"]
+            differing = [f"{what} {now} (the run: {saved[key]})" for key, what, now in
+                         (("processes", "processes", processes), ("mixed_precision", "mixed precision", accelerator.mixed_precision)) if saved[key] != now]
+            names = (folder / "labeled.txt").read_text().split("\n")[:-1] if (folder / "labeled.txt").exists() else None
+            if names is not None and names != [s.name for s in labelled]:
+                differing.append("the labelled images (the data have changed)")
+            if differing:
+                raise UserError(f"--resume {folder}: {', '.join(differing)} would change the result")
+        self.writer = None
+        if args.log_with != "none":
+            accelerator.project_configuration.logging_dir = str(folder)
+            options = {"tensorboard": {"purge_step": self.step}} if args.log_with == "tensorboard" else {}
+            accelerator.init_trackers("tensorboard" if args.log_with == "tensorboard" else "reco", init_kwargs=options)
+            self.writer = accelerator.get_tracker("tensorboard", unwrap=True) if args.log_with == "tensorboard" and self.main else None
+        self.announce(labelled, unlabelled, partial)
+        self.bar = tqdm(total=args.iterations, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True, mininterval=0.5)
+        self.stop = Stop()
+        global STARTED
+        STARTED = True
+
+    def say(self, text: str) -> None:
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def announce(self, labelled: list, unlabelled: list | None, partial: bool) -> None:
+        args, accelerator, source = self.args, self.accelerator, self.source
+        processes, model = accelerator.num_processes, self.config["model"]
+        kind = "" if not partial else f" with {args.label_ratio} partial labels" if args.label_ratio else " with sparse masks: the partial-label recipe is on"
+        images = f"{len(labelled)} labelled{kind}" + (f" + {len(unlabelled)} unlabelled" if unlabelled is not None else "") + f", {len(source.val)} validation images"
+        batch = args.batch_size * processes
+        recipe = "" if args.lr_given or batch == args.recipe_batch else f" = {args.lr:g} x {batch}/{args.recipe_batch}, in proportion to the batch; --lr overrides"
+        self.say(f"{source.name}: {images}, {len(source.classes)} classes | {args.method}, {args.model} on {model['backbone']}, {self.parameters / 1e6:.1f} M parameters | "
+                 f"{accelerator.device.type} x {processes}, precision {accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}"
+                 f"{', SyncBatchNorm' if processes > 1 and accelerator.device.type == 'cuda' else ''} | "
+                 f"global batch {batch}{' + ' + str(batch) if unlabelled is not None else ''}, learning rate {self.base_rate:g}{recipe} | writes to {self.folder}"
+                 + (f" | goes on at step {self.step} of {args.iterations}" if args.resume else ""))
+
+    @property
+    def parameters(self) -> int:
+        return self.config["parameters"]
+
+    def loader(self, samples: list[data.Sample], stream: int, scale: tuple[float, float]) -> DataLoader:
+        """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index) for the steps that remain."""
+        args, accelerator = self.args, self.accelerator
+        crops = data.TrainingCrops(self.source, samples, tuple(args.crop_size), scale, args.label_ratio, args.seed)
+        sampler = data.StepSampler(len(samples), args.batch_size, self.step, args.iterations, args.seed, stream, accelerator.process_index, accelerator.num_processes)
+        self.loaders.append(DataLoader(crops, batch_sampler=sampler, num_workers=args.num_workers, pin_memory=accelerator.device.type == "cuda",
+                                       worker_init_fn=quiet_worker))
+        return self.loaders[-1]
+
+    def restore(self, state: dict, model: nn.Module, optimizer, teacher=None) -> None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if teacher:
+            teacher.load_state_dict(state["teacher"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def add(self, step: int, rate: float, parts: dict[str, Tensor]) -> None:
+        """After each step. Sums stay on the device until the logging interval."""
+        self.step = step + 1
+        values = torch.stack(list(parts.values()))
+        bad = ~torch.isfinite(values).all()
+        if self.first_bad is None:
+            self.first_bad, self.bad_parts = torch.full_like(bad, -1, dtype=torch.long), torch.zeros_like(values)
+        if len(values) != len(self.bad_parts):  # the unlabelled images have joined
+            self.bad_parts = torch.zeros_like(values)
+        news = bad & (self.first_bad < 0)
+        self.first_bad = torch.where(news, step, self.first_bad)
+        self.bad_parts = torch.where(news, values, self.bad_parts)
+        self.names = list(parts)
+        for name, value in parts.items():
+            total, times = self.sums.get(name, (0.0, 0))
+            self.sums[name] = total + value, times + 1
+        self.skipped += int(self.accelerator.optimizer_step_was_skipped)
+        self.bar.update()
+        if self.step % self.args.log_interval == 0 or self.step == self.args.iterations:
+            self.check_finite()
+            means = {name: (total / times).item() for name, (total, times) in self.sums.items()}
+            done = max(times for _, times in self.sums.values())
+            seconds, self.since = time.monotonic() - self.since, time.monotonic()
+            images = done * self.args.batch_size * self.accelerator.num_processes * len(self.loaders)
+            self.bar.set_postfix({name.split("/")[1][:5]: f"{value:.3f}" for name, value in means.items() if name.startswith("loss/")}, refresh=False)
+            self.log({**means, "learning rate": rate, "images per second": images / seconds, **({"skipped steps": self.skipped} if self.accelerator.scaler else {})})
+            self.sums = {}
+        if self.control:
+            flag = torch.tensor(self.stop.signal)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.control)
+            self.stop.signal = int(flag)
+
+    def log(self, values: dict) -> None:
+        if self.args.log_with != "none":
+            self.accelerator.log(values, step=self.step)
+
+    def check_finite(self) -> None:
+        if self.first_bad is None or int(self.first_bad) < 0:
+            return
+        step = int(self.first_bad)
+        batches = []
+        for loader in self.loaders:  # a batch is a function of (seed, step), so the offending one can be had again
+            one = data.StepSampler(**{**vars(loader.batch_sampler), "start": step, "stop": step + 1})
+            batches.append(torch.utils.data.default_collate([loader.dataset[key] for key in next(iter(one))]))
+        path = self.folder / f"nonfinite-step{step}-process{self.accelerator.process_index}.pt"
+        write(path, lambda file: torch.save(batches, file))
+        parts = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, self.bad_parts.tolist()))
+        raise UserError(f"the loss was not finite at step {step} ({parts}); the last good checkpoint is kept, the batch is in {path}. A smaller --lr, or bf16 instead of "
+                        "fp16, usually helps")
+
+    @property
+    def validation_due(self) -> bool:
+        return self.step % self.args.val_interval == 0 or self.step == self.args.iterations
+
+    @property
+    def saving_due(self) -> bool:
+        return self.step % self.args.save_interval == 0 or self.step == self.args.iterations or bool(self.stop.signal)
+
+    def validate(self, networks: dict[str, nn.Module]) -> None:
+        """Evaluate on every validation image; the first network is the one that is reported and kept when it is the best so far."""
+        self.check_finite()
+        entry = {"step": self.step}
+        for name, network in networks.items():
+            self.share_buffers(network)
+            results, confusion = evaluate.evaluate(network, self.val_loader, len(self.source.classes), self.accelerator)
+            for key in ("miou", "boundary_iou", "accuracy"):
+                entry[f"{name} {key}"] = results[key]
+            if "miou" not in entry:
+                entry |= results | {"confusion": confusion.tolist()}
+        self.history.append(entry)
+        better = self.best is None or entry["miou"] > self.best["miou"]
+        if better:
+            self.best = entry
+            if self.main:
+                write_weights(self.folder, next(iter(networks.values())))
+        others = "".join(f", {name} {100 * entry[f'{name} miou']:.2f}" for name in list(networks)[1:])
+        self.say(f"step {self.step}: validation mIoU {100 * entry['miou']:.2f}, boundary IoU {100 * entry['boundary_iou']:.2f}, pixel accuracy {100 * entry['accuracy']:.2f}{others}"
+                 + (" *" if better else ""))
+        self.log({f"validation/{key}": value for key, value in entry.items() if isinstance(value, float) and " " in key}
+                 | {f"validation IoU/{name}": value for name, value in zip(self.source.classes, entry["iou"]) if value is not None})
+        if self.main:
+            write_json(self.folder / "history.json", self.history)
+        self.since = time.monotonic()
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Every process takes the main one's batch-norm statistics, so that all evaluate one network, the one that is saved."""
+        if self.control:
+            for buffer in network.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def save(self, model: nn.Module, optimizer, teacher=None) -> None:
+        """The state to go on from. It is the same on every process (see share_buffers), so the main one alone writes."""
+        self.check_finite()
+        if self.main:
+            save_checkpoint(self.folder, {"step": self.step, "best": self.best, "history": self.history, "skipped": self.skipped, "model": model.state_dict(),
+                                          "optimizer": optimizer.state_dict(), "teacher": teacher.state_dict() if teacher else None,
+                                          "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None})
+        if self.stop.signal and self.step < self.args.iterations:
+            self.bar.close()
+            self.accelerator.wait_for_everyone()
+            self.say(f"stopped at step {self.step} of {self.args.iterations}, saved. Go on with: {resume_command(self.args, self.folder)}")
+            self.accelerator.end_training()
+            sys.exit(128 + self.stop.signal)
+        self.since = time.monotonic()
+
+    def finish(self) -> None:
+        self.bar.close()
+        if self.best:
+            self.say(evaluate.table(self.best, self.source.classes))
+            self.say(f"best validation mIoU {100 * self.best['miou']:.2f} at step {self.best['step']} of {self.args.iterations}; weights in {self.folder / 'model.safetensors'}\n"
+                     f"predict with: python predict.py {shlex.quote(str(self.folder))} IMAGE_OR_FOLDER --out-dir predictions")
+        self.accelerator.end_training()
+
+
+def launch(main) -> None:
+    """Run a script; what the user can mend is one line on stderr and exit status 2."""
+    warnings.filterwarnings("ignore", message=".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier).*")
+    try:
+        main()
+    except UserError as error:
+        text = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")  # from a loader's process it comes with its traceback
+        if int(os.environ.get("RANK", 0)) == 0 or STARTED:
+            print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    else:
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(status)  # the others may wait in a collective; the launcher ends them
+    sys.exit(status)
+
+
+STARTED = False  # from the first step on every process reports its own errors: the others do not have them
+
+
+def resume_command(args: argparse.Namespace, folder: Path) -> str:
+    launcher = f"torchrun --nproc_per_node {os.environ['WORLD_SIZE']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
+    return f"{launcher} {args.script} --out-dir {shlex.quote(str(folder))} --resume"

@@ -1,0 +1,91 @@
+"""Supervised training from full or partial labels, with or without the regional contrast loss.
+
+    python train_supervised.py                                       # street, 20 labelled scenes, on whatever is there
+    accelerate launch train_supervised.py --reco
+    accelerate launch train_supervised.py --dataset cityscapes --data-path dataset/cityscapes --num-labeled 150 --val-interval 500 --model reconet
+    accelerate launch train_supervised.py --dataset cityscapes --data-path dataset/cityscapes --label-ratio p1 --seed 0 --val-interval 500 --model reconet
+"""
+import torch
+from torch.nn import functional as F
+
+import data
+import run
+from data import IGNORE
+from models import upsample
+from reco import reco_loss
+
+
+def supervised_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the labelled pixels; 0, not NaN, where there are none. logits [B, C, H, W], label [B, H, W] int64, 255 = ignored."""
+    return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") / (label != IGNORE).sum().clamp_min(1)
+
+
+def train_step(batch, student, optimizer, accelerator, args, rng, mark=lambda part: None) -> dict[str, torch.Tensor]:
+    """One step on one batch. Returns what the curves show, as tensors that nobody has waited for yet. `mark` is told when a part of
+    the step is done (bench.py times them)."""
+    device = accelerator.device
+    images, label = data.to_float(batch[0], device), batch[1].to(device, non_blocking=True).long()
+    mark("data")
+    images, label, _ = data.augment(images, label, None, rng)
+    images = data.normalise(images)
+    mark("augmentation")
+
+    logits, rep = student(images)  # [B, C, h, w], [B, D, h, w]
+    supervised = supervised_loss(upsample(logits, label.shape[-2:]), label)
+    parts = {"loss/supervised": supervised.detach()}
+    loss = supervised
+    mark("student forward")
+
+    if args.reco:  # queries and keys from the labelled pixels alone
+        small = data.shrink_label(label, rep.shape[-2:])
+        contrast, stats = reco_loss(rep, small, logits.detach().softmax(dim=1), small != IGNORE, args.reco_temp, args.reco_num_queries,
+                                    args.reco_num_negatives, args.reco_threshold, sampling=args.reco_sampling, return_stats=True)
+        loss = loss + args.reco_weight * contrast
+        parts |= {"loss/reco": contrast.detach(), "reco/classes": stats["num_classes"].float(), "reco/hard pixels": stats["num_hard"].sum().float()}
+    elif rep is not None:
+        loss = loss + 0 * rep.sum()  # distributed training waits for a gradient of every parameter
+    mark("ReCo")
+
+    accelerator.backward(loss)
+    mark("backward")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    mark("optimiser + EMA")
+    return {"loss/total": loss.detach(), **parts}
+
+
+def main() -> None:
+    args = run.parse(run.training_parser(__doc__, semi=False), semi=False)
+    accelerator = run.start_accelerator(args)
+    folder = run.choose_folder(args, accelerator)
+
+    source = data.load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
+    labelled, _, partial = data.divide(source, args.num_labeled, args.label_ratio, args.labeled_list, args.seed, quiet=not accelerator.is_main_process)
+
+    model, config = run.new_model(args, source)
+    state = run.load_checkpoint(folder) if args.resume else None
+    model = run.to_device(model, accelerator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    student, optimizer = accelerator.prepare(model, optimizer)  # student: `model`, wrapped
+    record = run.Record(args, accelerator, folder, source, config, labelled, None, partial, state)
+    if state:
+        record.restore(state, model, optimizer)
+    loader = record.loader(labelled, stream=0, scale=tuple(args.scale))
+
+    student.train()
+    for step, batch in enumerate(loader, start=record.step):
+        rate = run.learning_rate(record.base_rate, step, args.iterations)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rng = run.seed_step(args.seed, step, accelerator.process_index)
+        parts = train_step(batch, student, optimizer, accelerator, args, rng)
+        record.add(step, rate, parts)
+        if record.validation_due:
+            record.validate({"student": model})
+        if record.saving_due:
+            record.save(model, optimizer)
+    record.finish()
+
+
+if __name__ == "__main__":
+    run.launch(main)
