@@ -1,5 +1,5 @@
 """The regional contrast loss, ReCo (Liu, Zhi, Johns, Davison, "Bootstrapping Semantic Segmentation with Regional
-Contrast", ICLR 2022, arXiv 2104.04465, section 3): hard pixels of a class (active queries) are pulled to the class
+Contrast", ICLR 2022, arXiv 2104.04465): hard pixels of a class (active queries) are pulled to the class
 mean (prototype) and pushed from pixels of the classes most like it (active negative keys).
 
 What is drawn. Marginally every query and every set of N keys has the paper's law, so loss and gradient have the
@@ -19,8 +19,8 @@ Cost, at rep 4x256x128x128, 19 classes, Q 256, N 512, float32. Memory: rep is re
 C*(Q+N) = 14,592 vectors are gathered (15 MB; each number lies on a cache line of its own, so 0.24 GB travel), the
 gradient is filled once (67 MB). Arithmetic: prototypes 2*n*C*D = 0.64 GFLOP, logits and their gradient
 2 * 2*C*Q*(N+1)*D = 2.55 GFLOP. Predicted from timing those parts alone on 2 CPU cores: 90 ms forward and backward.
-Measured there: median 75 ms, the authors' implementation 16.5 s in the same script (220 times), 69 MB above the inputs
-and their gradient against 3.2 GB; sampling="independent" 2.4 s.
+Measured there, otherwise idle: medians of 66 to 88 ms, the authors' implementation in the same script 14.9 to 16.8 s
+(169 to 239 times); 72 MB above the inputs and their gradient, against 3.2 GB. sampling="independent": 2.4 s.
 For a GPU (not measured): no shape and no branch depends on a tensor's values, so the host never waits for the device.
 """
 import torch
@@ -32,7 +32,7 @@ EPS = 1e-8  # a shorter vector has no direction: cosine 0, gradient 0
 
 def reco_loss(rep, label, prob, valid, temperature=0.5, num_queries=256, num_negatives=512, strong_threshold=0.97,
               sampling="stratified", active_keys=True, return_stats=False):
-    """The ReCo loss of a batch (section 3.2, equations 1 and 2; active sampling: section 3.3).
+    """The ReCo loss of a batch (the paper's pixel-level contrast, with active hard sampling of queries and keys).
 
     rep    [B, D, h, w] float32, bfloat16 or float16: representations, the only input that gets a gradient.
     label  [B, h, w] int64: class of each pixel; a label outside 0 .. C-1 (255, -1) is not valid.
@@ -70,7 +70,7 @@ def reco_loss(rep, label, prob, valid, temperature=0.5, num_queries=256, num_neg
         start, hard_end = edge[:-1:2], edge[1::2]                              # [C] into order
         num_valid, num_hard = edge[::2].diff(), hard_end - start               # [C] of this process
 
-        # ---- Prototypes: the mean representation of a class over all its valid pixels (equation 2).
+        # ---- Prototypes: the mean representation of a class over all its valid pixels: the positive key.
         rows = rep.float().flatten(2).mT                                       # [B, h*w, D], a view if rep is float32
         one_hot = (valid[:, None] & (label[:, None] == torch.arange(C, device=device).view(C, 1, 1))).flatten(2)
         class_sum = torch.bmm(one_hot.float(), rows).sum(0)                    # [C, D]
@@ -155,7 +155,7 @@ def check_inputs(rep, label, prob, valid, temperature, num_queries, num_negative
 
 
 def class_relation(prototype, present, temperature):
-    """Class relation graph (section 3.3): softmax of the prototypes' cosine / temperature over the others present.
+    """Class relation graph (active key sampling): softmax of the prototypes' cosine / temperature over the others present.
 
     prototype [C, D] float32 unit vectors, present [C] bool -> [C, C] float32, rows and columns of absent classes 0.
     """
@@ -165,7 +165,7 @@ def class_relation(prototype, present, temperature):
 
 
 def contrast(query, keys, temperature):
-    """Cross-entropy of each query against its keys, the first being the positive one (equation 1), and its gradient.
+    """Cross-entropy of each query against its keys, the first being the positive one (the ReCo loss), and its gradient.
 
     query [g, q, D] float32; keys [g, 1 + N, D] float32 unit vectors -> loss [g, q], d loss / d query [g, q, D].
     With z the unit query, p the softmax of z.keys / temperature and e the one-hot of the positive key,

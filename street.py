@@ -77,11 +77,6 @@ def pick(v, options, jitter=0):
     return choice
 
 
-def shade(colour, factor):
-    """The colour, darker (factor < 1) or brighter."""
-    return [c * factor for c in colour]
-
-
 def project(v, x, y, z):
     """World metres -> canvas pixel. The horizon is where z is infinite; `bend` makes the street curve."""
     away = 1 - v.near / z
@@ -140,12 +135,7 @@ def brush(v, cls, x, z, flip=1.0, tall=1.0):
         """An ellipse that faces the camera: centre, radii, colour."""
         box("ellipse", at - rx, y - ry, at + rx, y + ry, *args, **options)
 
-    def bar(a, b, half, colour, light=1.0):
-        """A slanted bar from a to b."""
-        polygon([(a[0] - half, a[1] - half), (a[0] + half, a[1] + half), (b[0] + half, b[1] + half),
-                 (b[0] - half, b[1] - half)], colour, light)
-
-    return SimpleNamespace(polygon=polygon, wall=wall, deck=deck, face=face, oval=oval, bar=bar, box=box)
+    return SimpleNamespace(polygon=polygon, wall=wall, deck=deck, face=face, oval=oval, box=box)
 
 
 def draw_shadow(v, x, z, half, length):
@@ -231,7 +221,7 @@ def draw_building(v, side, x, z, length):
     pen.wall(0, 0, height, 0, length, wall, facing)
     pen.wall(0, height - 0.3, height, 0, length, roof, facing)  # cornice
     bays, shop = max(1, int(length / between(v, 2.4, 3.4))), v.rng.random() < 0.4
-    for floor in range(int(height / 2.6) if z < 55 else 0):
+    for floor in range(int(height / 2.6) if z < 45 else 0):
         low, high = 2.6 * floor + 0.9, 2.6 * floor + 2.2
         for bay in range(3 if z < 30 else 0):
             pen.face(1 + 2.6 * bay, low, 2.3 + 2.6 * bay, high, glass, front)
@@ -264,8 +254,8 @@ def draw_tree(v, x, z, height):
 
 def draw_lamp(v, x, z):
     """A street lamp, its arm over the road."""
-    pen, steel = brush(v, POLE, x, z, flip=-math.copysign(1, x)), pick(v, [(92, 96, 98), (140, 142, 144), (62, 70, 66)], 8)
-    t, on = thin(v, z, 0.12), v.rng.random() < v.lamps
+    pen, t, on = brush(v, POLE, x, z, flip=-math.copysign(1, x)), thin(v, z, 0.12), v.rng.random() < v.lamps
+    steel = pick(v, [(92, 96, 98), (140, 142, 144), (62, 70, 66)], 8)
     pen.face(-t, 0, t, 5.2, steel)
     pen.face(0, 5.2 - 2 * t, 1.3, 5.2, steel)
     for r in (1.2, 0.9, 0.6, 0.4) if on else ():  # its halo
@@ -279,21 +269,27 @@ def draw_sign(v, x, z):
     brush(v, POLE, x, z).face(-t, 0, t, y, (140, 142, 146))
     pen = brush(v, SIGN, x, z)
 
-    def spike(k, colour, low=-0.8):  # a triangle, or with low = 0 the upper half of a diamond
-        pen.polygon([(-1.15 * k * r, y + low * k * r), (1.15 * k * r, y + low * k * r), (0, y + 1.2 * k * r)], colour)
+    def triangle(k, colour):
+        pen.polygon([(-1.15 * k * r, y - 0.8 * k * r), (1.15 * k * r, y - 0.8 * k * r), (0, y + 1.2 * k * r)], colour)
 
     if kind < 2:
         pen.oval(0, y, r, r, RED)
-        pen.oval(0, y, 0.62 * r, 0.62 * r, WHITE) if kind else pen.face(-0.65 * r, y - 0.2 * r, 0.65 * r, y + 0.2 * r, WHITE)
+        if kind:
+            pen.oval(0, y, 0.62 * r, 0.62 * r, WHITE)
+        else:
+            pen.face(-0.65 * r, y - 0.2 * r, 0.65 * r, y + 0.2 * r, WHITE)
     elif kind == 2:
-        spike(1, RED), spike(0.5, WHITE)
+        triangle(1.0, RED)
+        triangle(0.5, WHITE)
     elif kind == 3:
         for k, colour in ((1.2, WHITE), (0.8, (240, 190, 40))):
             pen.polygon([(-k * r, y), (0, y - k * r), (k * r, y), (0, y + k * r)], colour)
     elif kind == 4:
-        pen.oval(0, y, r, r, BLUE), pen.face(-0.15 * r, y - 0.6 * r, 0.15 * r, y + 0.6 * r, WHITE)
+        pen.oval(0, y, r, r, BLUE)
+        pen.face(-0.15 * r, y - 0.6 * r, 0.15 * r, y + 0.6 * r, WHITE)
     else:
-        pen.face(-0.95 * r, y - 0.95 * r, 0.95 * r, y + 0.95 * r, BLUE), spike(0.5, WHITE)
+        pen.face(-0.95 * r, y - 0.95 * r, 0.95 * r, y + 0.95 * r, BLUE)
+        triangle(0.5, WHITE)
 
 
 def draw_person(v, x, z, height):
@@ -317,18 +313,24 @@ def draw_rider(v, x, z):
     turn = pick(v, (-1, 1)) * between(v, 0.6, 1.0)
     pen, t = brush(v, RIDER, x, z, flip=turn), thin(v, z, 0.07)
     coat, trousers, frame = pick(v, CLOTHES, 8), pick(v, CLOTHES[:5], 8), pick(v, PAINT, 8)
+
+    def bar(a, b, t, colour, light=1.0):
+        (p, q), (r, s) = a, b
+        pen.polygon([(p - t, q - t), (p + t, q + t), (r + t, s + t), (r - t, s - t)], colour, light)
+
     for wheel in (-0.56, 0.56):
         rim = [project(v, x + (wheel + 0.37 * c) * turn, 0.38 + 0.38 * s, z) for c, s in CIRCLE]
         v.ids.polygon(rim, fill=RIDER)
-        tyre = tuple(int(36 * t) for t in v.tint)
+        tyre = tuple(int(36 * tint) for tint in v.tint)
         v.paint.line(rim + rim[:1], fill=tyre, width=max(2, round(0.09 / z * v.pixels)))
     hip, knee, seat, pedals, handle = (-0.12, 0.98), (0.22, 0.66), (-0.1, 0.85), (0.0, 0.32), (0.45, 0.85)
     for a, b in (((-0.56, 0.38), seat), (seat, pedals), (pedals, handle), (seat, handle), ((0.56, 0.38), (0.42, 1.05))):
-        pen.bar(a, b, t, frame)
+        bar(a, b, t, frame)
     for light, joint, foot in ((0.75, knee, (0.04, 0.22)), (1.0, (0.1, 0.6), (-0.08, 0.2))):
-        pen.bar(hip, joint, t * 1.8, trousers, light), pen.bar(joint, foot, t * 1.5, trousers, light)
+        bar(hip, joint, t * 1.8, trousers, light)
+        bar(joint, foot, t * 1.5, trousers, light)
     pen.polygon([(-0.3, 0.95), (0.02, 0.9), (0.36, 1.42), (0.2, 1.6), (0.0, 1.55)], coat)
-    pen.bar((0.24, 1.4), (0.46, 1.06), t * 1.5, coat, 0.8)
+    bar((0.24, 1.4), (0.46, 1.06), t * 1.5, coat, 0.8)
     pen.oval(0.29, 1.67, 0.15, 0.17, pick(v, SKIN, 8))
     pen.polygon([(0.1, 1.7), (0.46, 1.72), (0.38, 1.9), (0.2, 1.92)], pick(v, PAINT + CLOTHES[:3], 8))  # helmet
 
@@ -349,9 +351,11 @@ def draw_car(v, x, z, view):
         pen.face(-2.1, 0.25, 2.1, 0.5, colour, 0.7)
         pen.polygon([(-1.45, 0.95), (-1.0, roof - 0.12), (-0.35, roof - 0.12), (-0.35, 0.95)], glass)
         pen.polygon([(-0.2, 0.95), (-0.2, roof - 0.12), (0.4, roof - 0.12), (0.9, 0.95)], glass, 1.15)
-        pen.face(1.8, 0.6, 2.06, 0.76, HEADLIGHT, glow=night), pen.face(-2.1, 0.66, -1.9, 0.84, RED, glow=night)
+        pen.face(1.8, 0.6, 2.06, 0.76, HEADLIGHT, glow=night)
+        pen.face(-2.1, 0.66, -1.9, 0.84, RED, glow=night)
         for wheel in (-1.3, 1.3):
-            pen.oval(wheel, 0.36, 0.38, 0.36, BLACK), pen.oval(wheel, 0.36, 0.18, 0.18, (150, 150, 152))
+            pen.oval(wheel, 0.36, 0.38, 0.36, BLACK)
+            pen.oval(wheel, 0.36, 0.18, 0.18, (150, 150, 152))
         return
     side, flank = visible_flank(v, x, z)
     pen, oncoming, belt = brush(v, CAR, x, z, flip=side), view == "oncoming", 0.88
@@ -377,7 +381,7 @@ def draw_car(v, x, z, view):
 def draw_truck(v, x, z, view):
     """A truck: a cab and a taller cargo box, in the same three views."""
     cab, steel, night = pick(v, PAINT, 10), (58, 58, 62), v.lamps > 0.25
-    cargo = pick(v, [(232, 232, 230), (206, 200, 188), cab, (190, 60, 48), (70, 104, 150), (92, 122, 96), (214, 160, 64)], 8)
+    cargo = pick(v, [cab, (232, 232, 230), (206, 200, 188), (190, 60, 48), (70, 104, 150), (92, 122, 96)], 8)
     if view == "side":
         pen = brush(v, TRUCK, x, z, flip=pick(v, (-1, 1)))
         pen.face(-2.9, 0.4, 2.7, 0.75, steel)
@@ -386,7 +390,8 @@ def draw_truck(v, x, z, view):
         pen.polygon([(1.4, 0.5), (1.4, 2.4), (2.4, 2.4), (2.9, 1.4), (2.9, 0.5)], cab)
         pen.polygon([(1.75, 1.4), (1.75, 2.15), (2.3, 2.15), (2.65, 1.4)], GLASS[1])
         for wheel in (-2.1, -1.2, 2.0):
-            pen.oval(wheel, 0.43, 0.44, 0.43, BLACK), pen.oval(wheel, 0.43, 0.18, 0.18, (140, 140, 142))
+            pen.oval(wheel, 0.43, 0.44, 0.43, BLACK)
+            pen.oval(wheel, 0.43, 0.18, 0.18, (140, 140, 142))
         return
     side, flank = visible_flank(v, x, z)
     pen, oncoming = brush(v, TRUCK, x, z, flip=side), view == "oncoming"
@@ -425,7 +430,7 @@ def populate(v):
             cast.append((z, x, half, length, paint, args))
 
     for side in (-1, 1):  # houses; trees or hedges in the gaps between them
-        x, z, built, row = w + between(v, 3.4, 7.0), between(v, 3, 7), pick(v, (0.35, 0.7, 0.95)), []
+        x, z, built, row = w + between(v, 3.4, 7.0), between(v, 3, 7), pick(v, (0.3, 0.65, 0.95)), []
         while z < 75:
             row.append((z, between(v, 6, 13), chance() < built))
             z += row[-1][1] + (between(v, 0, 4) if chance() < 0.4 else 0)
@@ -434,9 +439,9 @@ def populate(v):
                 draw_building(v, side, x, z, length)
             elif z > 6 and chance() < 0.75:
                 for _ in range(2):
-                    draw_tree(v, side * (x + between(v, 1, 4)), z + length * chance(), between(v, 1.2, 5.5))
+                    draw_tree(v, side * (x + between(v, 1, 4)), z + length * chance(), between(v, 1.5, 6.0))
 
-    trucks = 1 if chance() < 0.4 else 0
+    trucks = 1 if chance() < 0.36 else 0
     for lane in (-1, 1):  # traffic keeps to the right, or where v.drives is -1 to the left
         view, parked = "behind" if lane == v.drives else "oncoming", chance() < 0.22 and w > 3.3
         z = between(v, 6.5, 20)
@@ -454,12 +459,12 @@ def populate(v):
             place(draw_car, lane * (w - 0.95), z + 5.4 * i, 0.85, 4.2, view)
 
     if chance() < 0.6:
-        for _ in range(pick(v, (2, 3, 3, 4, 6))):
+        for _ in range(pick(v, (2, 3, 4, 4, 6))):
             crossing = chance() < (0.5 if v.zebra else 0.12)
             x = between(v, -w, w) if crossing else pick(v, (-1, 1)) * (w + between(v, 0.6, 2.6))
             z = v.zebra + between(v, 0.3, 2.5) if v.zebra and crossing else in_view(v, x) + between(v, 0, 5)
             place(draw_person, x, z, 0.35, 0.5, between(v, 1.6, 2.0))
-    if chance() < 0.26:
+    if chance() < 0.3:
         for _ in range(pick(v, (1, 1, 2))):
             x = pick(v, (-1, 1)) * (w + between(v, -1.6, 0.6))
             place(draw_rider, x, in_view(v, x) + between(v, 0, 4), 0.8, 0.5)
@@ -472,7 +477,7 @@ def populate(v):
         for i in range(2):
             place(draw_lamp, x, z + i * gap, 0.3, 0.3)
     for side in (-1, 1):  # street trees
-        if chance() < 0.4:
+        if chance() < 0.45:
             z, gap = between(v, 8, 14), between(v, 7, 12)
             for i in range(4):
                 place(draw_tree, side * (w + 1.6), z + i * gap, 0.8, 1.2, between(v, 3.6, 5.2))
@@ -484,7 +489,7 @@ def populate(v):
         paint(v, x, z, *args)
 
 
-def scene(split, index, size=SIZE):
+def scene(split: str, index: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
     """
     Draws scene `index` of a split ("train", "val", "test"); the same arguments give the same bits.
     Returns (image, label): uint8 [size, size, 3] RGB, and uint8 [size, size] class ids 0..10, none of them void.
