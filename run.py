@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image, ImageDraw, ImageFont
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -80,6 +81,7 @@ def training_parser(description: str, semi: bool) -> Parser:
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=list(data.SOURCES), default="street", help="street is drawn in memory; folder is your own data")
     add("--data-path", metavar="DIR", help="where the data set lies, as downloaded and extracted")
+    add("--recipe", choices=list(RECIPES), help="take the defaults of this data set (street: small pictures, a small network from random weights; default: --dataset)")
     add("--num-labeled", type=natural, metavar="N", help="number of fully labelled images, 0 = every image (street: 20, others: 0)")
     add("--label-ratio", choices=list(data.RATIOS), help="partial labels: every image keeps 1 pixel, 1 %%, 5 %%, 25 %% of each class's pixels")
     add("--labeled-list", metavar="FILE", help="a published split: one image per line")
@@ -151,12 +153,10 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
         return args
 
     args.script, args.lr_given = parser.prog, args.lr is not None
-    recipe = dict(RECIPES[args.dataset])
+    recipe = RECIPES[args.recipe or args.dataset] | {"num_labeled": RECIPES[args.dataset]["num_labeled"]}
     if not semi:
         recipe["batch_size"] *= 2
         del recipe["warmup_iterations"]
-    if "backbone" in given and "pretrained" not in given and args.dataset == "street":
-        recipe["pretrained"] = False
     args.recipe_batch = recipe["batch_size"]
     for name, value in recipe.items():
         if getattr(args, name) is None:
@@ -201,9 +201,8 @@ def add_trained_options(parser: Parser) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- the folder
 def default_folder(args: argparse.Namespace) -> Path:
-    labels = args.label_ratio or (Path(args.labeled_list).stem if args.labeled_list else str(args.num_labeled or RECIPES[args.dataset]["num_labeled"] or "all"))
-    if args.num_labeled == 0:
-        labels = args.label_ratio or (Path(args.labeled_list).stem if args.labeled_list else "all")
+    number = RECIPES[args.dataset]["num_labeled"] if args.num_labeled is None else args.num_labeled
+    labels = args.label_ratio or (Path(args.labeled_list).stem if args.labeled_list else number or "all")
     return Path("runs") / f"{args.dataset}-{args.method}-{labels}-seed{args.seed}"
 
 
@@ -428,10 +427,6 @@ class Record:
         self.val_loader = evaluate.evaluation_loader(source, source.val, 4 if source.name != "street" else 50, min(2, args.num_workers), accelerator)
         if state:
             self.step, self.best, self.history, self.skipped = state["step"], state["best"], state["history"], state["skipped"]
-        elif self.main:
-            config["arguments"] = {**config["arguments"], "processes": processes, "mixed_precision": accelerator.mixed_precision}
-            write(folder / "labeled.txt", lambda file: file.write("".join(f"{s.name}\n" for s in labelled).encode()))
-            write_json(folder / "config.json", config)
         if args.resume:
             saved = read_config(folder)["arguments"]
             differing = [f"{what} {now} (the run: {saved[key]})" for key, what, now in
@@ -441,17 +436,27 @@ class Record:
                 differing.append("the labelled images (the data have changed)")
             if differing:
                 raise UserError(f"--resume {folder}: {', '.join(differing)} would change the result")
-        self.writer = None
-        if args.log_with != "none":
-            accelerator.project_configuration.logging_dir = str(folder)
-            options = {"tensorboard": {"purge_step": self.step}} if args.log_with == "tensorboard" else {}
-            accelerator.init_trackers("tensorboard" if args.log_with == "tensorboard" else "reco", init_kwargs=options)
-            self.writer = accelerator.get_tracker("tensorboard", unwrap=True) if args.log_with == "tensorboard" and self.main else None
+        self.names_labelled, self.begun = [s.name for s in labelled], False
         self.announce(labelled, unlabelled, partial)
-        self.bar = tqdm(total=args.iterations, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True, mininterval=0.5)
+        self.bar = tqdm(total=args.iterations, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True,
+                        mininterval=0.5 if sys.stderr.isatty() else 30)  # a log file gets a line every half minute
         self.stop = Stop()
         global STARTED
         STARTED = True
+
+    def begin(self) -> None:
+        """Open the run's folder. Called after the first step, so that bad input found until then leaves nothing behind."""
+        self.begun, args, accelerator = True, self.args, self.accelerator
+        if self.main and not args.resume:
+            self.config["arguments"] = {**vars(args), "processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+            write(self.folder / "labeled.txt", lambda file: file.write("".join(f"{name}\n" for name in self.names_labelled).encode()))
+            write_json(self.folder / "config.json", self.config)
+        self.writer = None
+        if args.log_with != "none":
+            accelerator.project_configuration.logging_dir = str(self.folder)
+            options = {"tensorboard": {"purge_step": self.step}} if args.log_with == "tensorboard" else {}
+            accelerator.init_trackers("tensorboard" if args.log_with == "tensorboard" else "reco", init_kwargs=options)
+            self.writer = accelerator.get_tracker("tensorboard", unwrap=True) if args.log_with == "tensorboard" and self.main else None
 
     def say(self, text: str) -> None:
         if self.main:
@@ -494,6 +499,8 @@ class Record:
 
     def add(self, step: int, rate: float, parts: dict[str, Tensor]) -> None:
         """After each step. Sums stay on the device until the logging interval."""
+        if not self.begun:
+            self.begin()
         self.step = step + 1
         values = torch.stack(list(parts.values()))
         bad = ~torch.isfinite(values).all()
@@ -550,7 +557,7 @@ class Record:
     def saving_due(self) -> bool:
         return self.step % self.args.save_interval == 0 or self.step == self.args.iterations or bool(self.stop.signal)
 
-    def validate(self, networks: dict[str, nn.Module]) -> None:
+    def validate(self, networks: dict[str, nn.Module], shown: dict[str, Tensor]) -> None:
         """Evaluate on every validation image; the first network is the one that is reported and kept when it is the best so far."""
         self.check_finite()
         entry = {"step": self.step}
@@ -574,7 +581,54 @@ class Record:
                  | {f"validation IoU/{name}": value for name, value in zip(self.source.classes, entry["iou"]) if value is not None})
         if self.main:
             write_json(self.folder / "history.json", self.history)
+        self.pictures(next(iter(networks.values())), shown)
         self.since = time.monotonic()
+
+    @torch.no_grad()
+    def pictures(self, network: nn.Module, shown: dict[str, Tensor]) -> None:
+        """To TensorBoard: some validation images (the same every time), the training batch, and the confusion matrix and class-relation graph as heat maps."""
+        if not self.writer:
+            return
+        palette, names, device = self.source.palette, self.source.classes, self.accelerator.device
+        rows = []
+        for index in torch.linspace(0, len(self.source.val) - 1, min(4, len(self.source.val))).long().tolist():
+            image, label, _ = self.val_loader.dataset.dataset[index]
+            network.eval()
+            confidence, prediction = evaluate.predict_probabilities(network, data.to_float(image[None], device)).max(dim=1)
+            network.train()
+            rows.append(panel(image, paint(label, palette), paint(prediction[0].cpu(), palette), confidence[0].cpu()))
+        self.writer.add_image("validation: image | truth | prediction | confidence", stack(rows), self.step)
+        rows = []
+        for b in range(min(4, len(shown["images"]))):
+            image = denormalise(shown["images"][b].float().cpu())
+            row = [image, paint(shown["label"][b].cpu(), palette), shown["confidence"][b].float().cpu()]
+            if "queries" in shown:
+                row.append(mark_queries(image, shown["queries"], shown["rep_size"], b, shown["label"][b].cpu(), palette))
+            rows.append(panel(*row))
+        self.writer.add_image("training: image | (pseudo-)label | confidence | queries of ReCo", stack(rows), self.step)
+        confusion = torch.tensor(self.history[-1]["confusion"]).float()
+        self.writer.add_image("confusion (row: truth)", heat_map(confusion / confusion.sum(1, keepdim=True).clamp_min(1), names), self.step)
+        if "relation" in shown:
+            self.writer.add_image("class relation (row: query class)", heat_map(shown["relation"].cpu(), names), self.step)
+
+    @torch.no_grad()
+    def embedding(self, network: nn.Module) -> None:
+        """A few hundred pixel representations of validation images, for TensorBoard's projector, coloured by class."""
+        if not self.writer or self.args.model != "reconet":
+            return
+        generator, vectors, classes = torch.Generator().manual_seed(0), [], []
+        network.eval()
+        for index in torch.linspace(0, len(self.source.val) - 1, min(24, len(self.source.val))).long().tolist():
+            image, label, _ = self.val_loader.dataset.dataset[index]
+            rep = network(data.normalise(data.to_float(image[None], self.accelerator.device)))[1][0].float().cpu()  # [D, h, w]
+            label = data.shrink_label(label[None], rep.shape[-2:])[0].flatten()
+            for c in label.unique().tolist():
+                pixels = (label == c).nonzero()[:, 0]
+                pixels = pixels[torch.randperm(len(pixels), generator=generator)[:4]] if c < len(self.source.classes) else pixels[:0]
+                vectors.append(rep.flatten(1)[:, pixels].T)
+                classes += [c] * len(pixels)
+        squares = torch.tensor([self.source.palette[c] for c in classes], dtype=torch.float)[:, :, None, None].expand(-1, -1, 8, 8) / 255
+        self.writer.add_embedding(torch.cat(vectors), [self.source.classes[c] for c in classes], squares, self.step, "representation")
 
     def share_buffers(self, network: nn.Module) -> None:
         """Every process takes the main one's batch-norm statistics, so that all evaluate one network, the one that is saved."""
@@ -597,13 +651,73 @@ class Record:
             sys.exit(128 + self.stop.signal)
         self.since = time.monotonic()
 
-    def finish(self) -> None:
+    def finish(self, network: nn.Module) -> None:
         self.bar.close()
+        self.embedding(network)
+        if self.writer:
+            plain = {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
+            self.writer.add_hparams(plain, {"hparam/miou": self.best["miou"], "hparam/boundary_iou": self.best["boundary_iou"]}, run_name=".")
         if self.best:
             self.say(evaluate.table(self.best, self.source.classes))
             self.say(f"best validation mIoU {100 * self.best['miou']:.2f} at step {self.best['step']} of {self.args.iterations}; weights in {self.folder / 'model.safetensors'}\n"
                      f"predict with: python predict.py {shlex.quote(str(self.folder))} IMAGE_OR_FOLDER --out-dir predictions")
         self.accelerator.end_training()
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+def paint(label: Tensor, palette) -> Tensor:
+    """[H, W] class ids -> uint8 [3, H, W] in the data set's colours; 255 is white."""
+    colours = torch.full((256, 3), 255, dtype=torch.uint8)
+    colours[:len(palette)] = torch.tensor(palette, dtype=torch.uint8)
+    return colours[label.long()].permute(2, 0, 1)
+
+
+def denormalise(image: Tensor) -> Tensor:
+    """Normalised [3, H, W] -> uint8."""
+    mean, std = torch.tensor(data.MEAN)[:, None, None], torch.tensor(data.STD)[:, None, None]
+    return ((image * std + mean).clamp(0, 1) * 255).round().byte()
+
+
+def panel(*images: Tensor, height: int = 192) -> Tensor:
+    """Pictures (uint8 [3, H, W], or a map [H, W] in 0 .. 1) of one size side by side, at a height that can be seen -> uint8 [3, height, W']."""
+    images = [(255 * i).byte()[None].expand(3, -1, -1) if i.dim() == 2 else i for i in images]
+    size = (height, max(1, round(images[0].shape[-1] * height / images[0].shape[-2])))
+    return torch.cat([torch.nn.functional.interpolate(i[None], size=size, mode="nearest")[0] for i in images], dim=2)
+
+
+def stack(rows: list[Tensor]) -> Tensor:
+    width = max(row.shape[-1] for row in rows)
+    return torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[-1])) for row in rows], dim=1)
+
+
+def mark_queries(image: Tensor, queries: Tensor, size, b: int, label: Tensor, palette) -> Tensor:
+    """The image, dimmed, with the pixels that ReCo picked as queries in it, in the colour of their class."""
+    h, w = size
+    picked = torch.zeros(h * w, dtype=torch.bool)
+    mine = queries.flatten().cpu() - b * h * w
+    picked[mine[(mine >= 0) & (mine < h * w)]] = True
+    picked = torch.nn.functional.interpolate(picked.view(1, 1, h, w).float(), size=image.shape[-2:], mode="nearest")[0] > 0
+    return torch.where(picked, paint(label, palette), image // 3)
+
+
+def heat_map(matrix: Tensor, names: list[str]) -> Tensor:
+    """A matrix in 0 .. 1 as a picture with class names -> uint8 [3, H, W]."""
+    cell, font = 24, ImageFont.load_default(12)
+    left = 8 + max(int(font.getlength(name)) for name in names)
+    image = Image.new("RGB", (left + cell * len(names) + 4, left + cell * len(names) + 4), "white")
+    draw = ImageDraw.Draw(image)
+    for i, name in enumerate(names):
+        draw.text((left - 4, left + (i + 0.5) * cell), name, "black", font, anchor="rm")
+        upright = Image.new("L", (left, cell))
+        ImageDraw.Draw(upright).text((4, cell / 2), name, 255, font, anchor="lm")
+        image.paste("black", (left + i * cell, 0), upright.rotate(90, expand=True))
+        for j in range(len(names)):
+            value = float(matrix[i, j])
+            x, y = left + j * cell, left + i * cell
+            draw.rectangle([x, y, x + cell - 2, y + cell - 2], (round(255 - 220 * value), round(255 - 160 * value), round(255 - 90 * value)))
+            if value >= 0.005:
+                draw.text((x + cell / 2 - 1, y + cell / 2), f"{100 * value:.0f}", "black" if value < 0.6 else "white", ImageFont.load_default(10), anchor="mm")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def launch(main) -> None:

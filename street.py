@@ -89,9 +89,9 @@ def in_view(v, x):
     return max(v.near, (x - v.offset) / (0.93 - v.vanish), (v.offset - x) / (v.vanish - 0.07))
 
 
-def thin(v, z, metres):
-    """Half the width of a bar: half of `metres`, but never less than half an image pixel, so that its label shows."""
-    return max(metres, FINE * z / v.pixels) / 2
+def thin(v, z, metres, pixels=1.5):
+    """Half the width of a bar of so many metres, but of at least so many image pixels, so that the label shows it."""
+    return max(metres, pixels * FINE * z / v.pixels) / 2
 
 
 def brush(v, cls, x, z, flip=1.0, tall=1.0):
@@ -311,7 +311,7 @@ def draw_person(v, x, z, height):
 def draw_rider(v, x, z):
     """A rider on a bicycle from the side, more or less turned. The ground shows through the spokes: still rider."""
     turn = pick(v, (-1, 1)) * between(v, 0.6, 1.0)
-    pen, t = brush(v, RIDER, x, z, flip=turn), thin(v, z, 0.07)
+    pen, t = brush(v, RIDER, x, z, flip=turn), thin(v, z, 0.07, pixels=1.0)
     coat, trousers, frame = pick(v, CLOTHES, 8), pick(v, CLOTHES[:5], 8), pick(v, PAINT, 8)
 
     def bar(a, b, t, colour, light=1.0):

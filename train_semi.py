@@ -42,8 +42,9 @@ def pseudo_label(teacher: MeanTeacher, images: Tensor, known: Tensor | None, acc
     return label, confidence
 
 
-def train_step(step, batch_l, batch_u, student, model, teacher, optimizer, accelerator, args, partial, rng, mark=lambda part: None) -> dict[str, Tensor]:
-    """One step on a labelled and an unlabelled batch. Returns what the curves show, as tensors that nobody has waited for yet. `mark` is
+def train_step(step, batch_l, batch_u, student, model, teacher, optimizer, accelerator, args, partial, rng, mark=lambda part: None) -> tuple[dict, dict]:
+    """One step on a labelled and an unlabelled batch. Returns what the curves show and what the pictures show, as
+    tensors that nobody has waited for yet. `mark` is
     told when a part of the step is done (bench.py times them)."""
     device, warming_up = accelerator.device, step < args.warmup_iterations
     images_l, label_l = data.to_float(batch_l[0], device), batch_l[1].to(device, non_blocking=True).long()
@@ -73,6 +74,8 @@ def train_step(step, batch_l, batch_u, student, model, teacher, optimizer, accel
         loss = loss + unsupervised
         parts |= {"loss/unsupervised": unsupervised.detach(), "teacher/eta": eta.mean(), "teacher/share above weak threshold":
                   (confidence >= args.weak_threshold).float().mean(), "teacher/share above strong threshold": (confidence >= args.reco_threshold).float().mean()}
+    shown = {"images": images, "label": label_l if warming_up else torch.cat([label_l, label_u]),
+             "confidence": (label_l != IGNORE).float() if warming_up else torch.cat([(label_l != IGNORE).float(), confidence])}
     mark("student forward")
 
     if args.reco and not warming_up:
@@ -89,6 +92,7 @@ def train_step(step, batch_l, batch_u, student, model, teacher, optimizer, accel
                                     args.reco_threshold, sampling=args.reco_sampling, return_stats=True)
         loss = loss + args.reco_weight * contrast
         parts |= {"loss/reco": contrast.detach(), "reco/classes": stats["num_classes"].float(), "reco/hard pixels": stats["num_hard"].sum().float()}
+        shown |= {"queries": stats["queries"], "relation": stats["relation"], "rep_size": rep.shape[-2:]}
     elif rep is not None:
         loss = loss + 0 * rep.sum()  # distributed training waits for a gradient of every parameter
     mark("ReCo")
@@ -102,7 +106,7 @@ def train_step(step, batch_l, batch_u, student, model, teacher, optimizer, accel
     if warming_up:
         teacher.copy_statistics(model)
     mark("optimiser + EMA")
-    return {"loss/total": loss.detach(), **parts}
+    return {"loss/total": loss.detach(), **parts}, shown
 
 
 def main() -> None:
@@ -132,13 +136,13 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         rng = run.seed_step(args.seed, step, accelerator.process_index)
-        parts = train_step(step, batch_l, batch_u, student, model, teacher, optimizer, accelerator, args, partial, rng)
+        parts, shown = train_step(step, batch_l, batch_u, student, model, teacher, optimizer, accelerator, args, partial, rng)
         record.add(step, rate, parts)
         if record.validation_due:
-            record.validate({"teacher": teacher.model, "student": model})
+            record.validate({"teacher": teacher.model, "student": model}, shown)
         if record.saving_due:
             record.save(model, optimizer, teacher)
-    record.finish()
+    record.finish(teacher.model)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ def supervised_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") / (label != IGNORE).sum().clamp_min(1)
 
 
-def train_step(batch, student, optimizer, accelerator, args, rng, mark=lambda part: None) -> dict[str, torch.Tensor]:
-    """One step on one batch. Returns what the curves show, as tensors that nobody has waited for yet. `mark` is told when a part of
+def train_step(batch, student, optimizer, accelerator, args, rng, mark=lambda part: None) -> tuple[dict, dict]:
+    """One step on one batch. Returns what the curves show and what the pictures show, as
+    tensors that nobody has waited for yet. `mark` is told when a part of
     the step is done (bench.py times them)."""
     device = accelerator.device
     images, label = data.to_float(batch[0], device), batch[1].to(device, non_blocking=True).long()
@@ -34,6 +35,7 @@ def train_step(batch, student, optimizer, accelerator, args, rng, mark=lambda pa
     supervised = supervised_loss(upsample(logits, label.shape[-2:]), label)
     parts = {"loss/supervised": supervised.detach()}
     loss = supervised
+    shown = {"images": images, "label": label, "confidence": (label != IGNORE).float()}
     mark("student forward")
 
     if args.reco:  # queries and keys from the labelled pixels alone
@@ -42,6 +44,7 @@ def train_step(batch, student, optimizer, accelerator, args, rng, mark=lambda pa
                                     args.reco_num_negatives, args.reco_threshold, sampling=args.reco_sampling, return_stats=True)
         loss = loss + args.reco_weight * contrast
         parts |= {"loss/reco": contrast.detach(), "reco/classes": stats["num_classes"].float(), "reco/hard pixels": stats["num_hard"].sum().float()}
+        shown |= {"queries": stats["queries"], "relation": stats["relation"], "rep_size": rep.shape[-2:]}
     elif rep is not None:
         loss = loss + 0 * rep.sum()  # distributed training waits for a gradient of every parameter
     mark("ReCo")
@@ -51,7 +54,7 @@ def train_step(batch, student, optimizer, accelerator, args, rng, mark=lambda pa
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     mark("optimiser + EMA")
-    return {"loss/total": loss.detach(), **parts}
+    return {"loss/total": loss.detach(), **parts}, shown
 
 
 def main() -> None:
@@ -78,13 +81,13 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         rng = run.seed_step(args.seed, step, accelerator.process_index)
-        parts = train_step(batch, student, optimizer, accelerator, args, rng)
+        parts, shown = train_step(batch, student, optimizer, accelerator, args, rng)
         record.add(step, rate, parts)
         if record.validation_due:
-            record.validate({"student": model})
+            record.validate({"student": model}, shown)
         if record.saving_due:
             record.save(model, optimizer)
-    record.finish()
+    record.finish(model)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """
 Writes a `folder` data set of real handwriting, to try the path that your own pictures will take.
 
-    $ python examples/handwriting.py data/handwriting
-    $ accelerate launch train_semi.py --reco --dataset folder --data-path data/handwriting --num-labeled 60
+    $ python examples/handwriting.py dataset/handwriting
+    $ accelerate launch train_semi.py --reco --dataset folder --data-path dataset/handwriting --num-labeled 60
 
-Each picture shows one to three of the 1,797 handwritten digits (8x8 pixels) that scikit-learn carries, enlarged, slanted
-and inked onto paper, wood or something blotchy; its label says which pixels are a zero, a one, ... or background.
+Each picture shows one to three of the 1,797 handwritten digits (8x8 pixels) that scikit-learn carries, enlarged,
+slanted and inked onto paper, wood or something blotchy; its label says which pixels are a zero, a one, ... or none.
 No digit is used in both training and validation pictures. The layout is the one to copy for your own data:
 
     DIR/images/{train,val}/NNNN.png    the pictures, RGB
-    DIR/labels/{train,val}/NNNN.png    palette PNGs of the same size: 0 background, 1 ... 10 the digits (255: not labelled)
+    DIR/labels/{train,val}/NNNN.png    palette PNGs of that size: 0 background, 1 ... 10 the digits (255: not labelled)
     DIR/classes.txt                    one class name a line, in the order of the indices
 """
 import argparse
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ INKS = [(28, 30, 40), (36, 52, 120), (130, 30, 34), (24, 84, 60), (80, 50, 30), 
 
 
 def split_digits(targets, seed):
-    """Indices of the digits for training and for validation: three quarters and one quarter of every class, disjoint."""
+    """Indices of the training and of the validation digits: three quarters and the other quarter of every class."""
     rng, train, val = np.random.default_rng(seed), [], []
     for digit in range(10):
         order = rng.permutation(np.flatnonzero(targets == digit))
@@ -46,7 +47,7 @@ def smooth_noise(rng, size, rows, columns):
 
 
 def draw_ground(rng, size):
-    """A sheet of paper, a board or a stained wall, lit from one side: float [size, size, 3], 0..255, and its base colour."""
+    """Paper, a board or a stained wall, lit from one side: float [size, size, 3], 0..255, and its base colour [3]."""
     base = np.array(GROUNDS[rng.integers(len(GROUNDS))]) + rng.uniform(-12, 12, 3)
     kind = rng.integers(3)
     if kind == 0:    # paper: fine fibres
@@ -63,7 +64,7 @@ def draw_ground(rng, size):
 
 
 def draw_digit(rng, digit, height):
-    """One 8x8 digit (values 0..16), enlarged to about `height` pixels, turned, slanted: float [n, n] of the same values."""
+    """One 8x8 digit (values 0..16) enlarged to about `height` pixels, turned and slanted: float [n, n], 0..16."""
     n, turn, slant = math.ceil(1.5 * height), rng.uniform(-0.3, 0.3), rng.uniform(-0.25, 0.25)
     stretch = rng.uniform(0.85, 1.15)
     cos, sin, unit = math.cos(turn), math.sin(turn), 8 / height
@@ -75,7 +76,10 @@ def draw_digit(rng, digit, height):
 
 
 def draw_scene(rng, digits, targets, indices, size=64):
-    """One to three of the digits `indices` on a ground: (uint8 [size, size, 3], label uint8 [size, size], the indices used)."""
+    """
+    One to three of the digits `indices` (into digits [N, 8, 8] and targets [N]) on a ground.
+    Returns image uint8 [size, size, 3], label uint8 [size, size] (0 background, 1 + digit), list of the indices used.
+    """
     image, base = draw_ground(rng, size)
     label, used = np.zeros((size, size), np.uint8), []
     inks = [ink for ink in INKS if abs(np.mean(ink) - base.mean()) > 70]  # readable on this ground
@@ -141,8 +145,9 @@ def main():
             label.putpalette([channel for colour in PALETTE for channel in colour])
             label.save(args.dir / "labels" / split / f"{i:04d}.png")
     (args.dir / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    print(f"{args.dir}: {args.train} training and {args.val} validation pictures of {args.size}x{args.size}, with labels")
-    print(f"try: accelerate launch train_semi.py --reco --dataset folder --data-path {args.dir} --num-labeled 60")
+    print(f"{args.dir}: {args.train} training and {args.val} validation pictures, {args.size}x{args.size}, with labels")
+    folder = shlex.quote(str(args.dir))
+    print(f"try: accelerate launch train_semi.py --reco --dataset folder --data-path {folder} --num-labeled 60")
 
 
 if __name__ == "__main__":

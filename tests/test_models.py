@@ -1,0 +1,125 @@
+"""The network, the teacher and the losses against the reference's numbers (tests/golden) and on every family of backbones."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import run
+import train_semi
+import train_supervised
+from data import UserError
+from models import DeepLabV3Plus, MeanTeacher, convert_reco_checkpoint
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def published_weights() -> dict[str, torch.Tensor]:
+    """A checkpoint under the published names, filled by the recipe of the golden file."""
+    state = {}
+    shapes = json.loads((GOLDEN / "upstream_deeplabv3plus_keys.json").read_text())
+    for i, key in enumerate(sorted(shapes)):
+        r, s = np.random.RandomState(i), shapes[key]
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.tensor(1)
+            continue
+        noise = r.randn(*s)
+        if key.endswith("running_mean"):
+            value = 0.1 * noise
+        elif key.endswith("running_var"):
+            value = 1 + 0.1 * np.abs(noise)
+        elif len(s) == 1:
+            value = 0.1 * noise + (1 if key.endswith("weight") else 0)
+        else:
+            value = noise * np.sqrt(1 / np.prod(s[1:]))
+        state[key] = torch.from_numpy(value.astype(np.float32))
+    return state
+
+
+def test_golden_forward():
+    golden = np.load(GOLDEN / "deeplabv3plus_forward.npz")
+    model = DeepLabV3Plus(19, "resnet101", rep_dim=256, pretrained=False).eval()
+    model.load_state_dict(convert_reco_checkpoint(published_weights()))  # strict: every name and shape fits
+    with torch.no_grad():
+        logits, rep = model(torch.from_numpy(golden["x"]))
+    assert logits.shape == (1, 19, 17, 25) and rep.shape == (1, 256, 17, 25)
+    assert np.abs(logits.numpy() - golden["logits"]).max() < 1e-4
+    assert np.abs(rep[:, :32].numpy() - golden["representation"]).max() < 1e-4
+
+
+def test_golden_teacher_and_rate():
+    golden = np.load(GOLDEN / "ema_and_lr.npz")
+    student = torch.nn.Linear(1, 1, bias=False).double()
+    teacher = MeanTeacher(student)
+    for value, expected in zip(golden["student"], golden["teacher"]):
+        student.weight.data.fill_(value)
+        teacher.update(student)
+        assert teacher.model.weight.item() == pytest.approx(expected, rel=1e-6)  # the golden values went through float32
+    rates = [run.learning_rate(2.5e-3, epoch, 200) for epoch in range(200)]
+    np.testing.assert_allclose(rates, golden["poly_lr_per_epoch"], rtol=1e-12)
+    assert run.learning_rate(2.5e-3, 200, 200) == 1e-6
+
+
+def test_teacher_averages_parameters_only():
+    student = torch.nn.BatchNorm1d(2)
+    teacher = MeanTeacher(student)
+    student.running_mean.fill_(5)
+    teacher.update(student)
+    assert teacher.model.running_mean.eq(0).all() and teacher.model.training
+    teacher.copy_statistics(student)
+    assert teacher.model.running_mean.eq(5).all()
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_golden_unsupervised_loss():
+    golden = np.load(GOLDEN / "unsupervised_loss.npz")
+    target = torch.from_numpy(golden["target"])
+    target[target < 0] = 255
+    loss, eta = train_semi.unsupervised_loss(torch.from_numpy(golden["logits"]), target, torch.from_numpy(golden["confidence"]), float(golden["strong_threshold"]))
+    assert abs(loss.item() - float(golden["loss"])) < 1e-6 and eta.shape == (3,)
+
+
+def test_losses_of_an_ignored_batch_are_zero_and_connected():
+    logits = torch.randn(2, 3, 5, 5, requires_grad=True)
+    label = torch.full((2, 5, 5), 255)
+    loss = train_semi.unsupervised_loss(logits, label, torch.zeros(2, 5, 5), 0.97)[0] + train_supervised.supervised_loss(logits, label)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "regnety_002", "test_efficientnet", "mobilenetv3_small_050", "convnext_atto", "test_vit",
+                                      "vit_tiny_patch16_224", "test_resnet"])
+def test_backbones(backbone):
+    model = DeepLabV3Plus(3, backbone, rep_dim=8, pretrained=False, channels=16, low_channels=8)
+    logits, rep = model(torch.randn(2, 3, 65, 97))
+    assert logits.shape == (2, 3, 17, 25) and rep.shape == (2, 8, 17, 25)
+    (logits.sum() + rep.sum()).backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("backbone."))
+
+
+@pytest.mark.parametrize("backbone", ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3"])
+def test_dino(backbone):
+    with torch.no_grad():
+        logits, rep = DeepLabV3Plus(2, backbone, rep_dim=None, pretrained=False, channels=8, low_channels=8).eval()(torch.randn(1, 3, 50, 65))
+    assert logits.shape == (1, 2, 13, 17) and rep is None
+
+
+@pytest.mark.parametrize("backbone", ["swin_tiny_patch4_window7_224", "hrnet_w18_small", "vgg11", "resnot50", "resnet101.nonsense"])
+def test_backbones_that_cannot_work_are_refused_in_one_line(backbone):
+    with pytest.raises(UserError) as error:
+        DeepLabV3Plus(2, backbone, pretrained=False)
+    assert backbone in str(error.value) and "\n" not in str(error.value)
+    assert "resnet" in str(error.value)
+
+
+def test_pretrained_weights_offline_are_one_line():
+    with pytest.raises(UserError) as error:
+        DeepLabV3Plus(2, "resnet18")
+    assert "--no-pretrained" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_decoder_at_stride_2():
+    logits, rep = DeepLabV3Plus(4, "test_resnet", rep_dim=8, pretrained=False, output_stride=8, decoder_stride=2, channels=16, low_channels=8,
+                                aspp_rates=(1, 2, 3))(torch.randn(2, 3, 64, 48))
+    assert logits.shape == (2, 4, 32, 24)
