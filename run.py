@@ -376,13 +376,13 @@ def to_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     return model.to(accelerator.device, memory_format=torch.channels_last)
 
 
-def new_model(args: argparse.Namespace, source: data.Source) -> tuple[nn.Module, dict]:
-    """The network with its first weights, and what config.json says of it."""
+def new_model(args: argparse.Namespace, source: data.Source, fresh: bool = True) -> tuple[nn.Module, dict]:
+    """The network with its first weights (`fresh`; a checkpoint brings its own), and what config.json says of it."""
     torch.manual_seed(args.seed)
     shape = dict(num_classes=len(source.classes), backbone=args.backbone, rep_dim=args.rep_dim if args.model == "reconet" else None, output_stride=args.output_stride,
                  decoder_stride=args.decoder_stride, channels=args.channels, low_channels=args.low_channels, aspp_rates=args.aspp_rates)
-    model = models.DeepLabV3Plus(**shape, pretrained=args.pretrained and not args.init_from and not args.resume)
-    if args.init_from:
+    model = models.DeepLabV3Plus(**shape, pretrained=args.pretrained and fresh and not args.init_from)
+    if args.init_from and fresh:
         weights = read_weights(Path(args.init_from) / "model.safetensors")
         if read_config(Path(args.init_from))["classes"] != source.classes:
             raise UserError(f"--init-from {args.init_from}: was trained on other classes than those of --dataset {args.dataset}")
@@ -436,7 +436,7 @@ class Record:
                 differing.append("the labelled images (the data have changed)")
             if differing:
                 raise UserError(f"--resume {folder}: {', '.join(differing)} would change the result")
-        self.names_labelled, self.begun = [s.name for s in labelled], False
+        self.names_labelled, self.begun, self.writer = [s.name for s in labelled], False, None
         self.announce(labelled, unlabelled, partial)
         self.bar = tqdm(total=args.iterations, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 30)  # a log file gets a line every half minute
@@ -451,7 +451,6 @@ class Record:
             self.config["arguments"] = {**vars(args), "processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
             write(self.folder / "labeled.txt", lambda file: file.write("".join(f"{name}\n" for name in self.names_labelled).encode()))
             write_json(self.folder / "config.json", self.config)
-        self.writer = None
         if args.log_with != "none":
             accelerator.project_configuration.logging_dir = str(self.folder)
             options = {"tensorboard": {"purge_step": self.step}} if args.log_with == "tensorboard" else {}

@@ -118,8 +118,8 @@ def main() -> None:
     labelled, unlabelled, partial = data.divide(source, args.num_labeled, args.label_ratio, args.labeled_list, args.seed,
                                                 quiet=not accelerator.is_main_process)
 
-    model, config = run.new_model(args, source)
     state = run.load_checkpoint(folder) if args.resume else None
+    model, config = run.new_model(args, source, fresh=state is None)
     model = run.to_device(model, accelerator)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     teacher = MeanTeacher(model)  # a copy of the bare network

@@ -1,0 +1,141 @@
+"""A run that is killed at any moment and resumed ends as if nothing had happened, to the bit."""
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from cli import ROOT, run_script
+from safetensors.torch import load_file
+
+import data
+
+# checkpoints at every step and a validation at every third: most of the time something is being written
+OPTIONS = ["train_semi.py", "--reco", "--iterations", "9", "--val-interval", "3", "--save-interval", "1", "--batch-size", "2", "--num-workers", "1",
+           "--log-interval", "1", "--reco-num-queries", "16", "--reco-num-negatives", "16"]
+
+
+def start(processes: int, *words) -> subprocess.Popen:
+    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([*launcher, *map(str, words)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def final_state(folder) -> tuple:
+    return (torch.load(folder / "checkpoint" / "state.pt", weights_only=True), load_file(folder / "model.safetensors"),
+            json.loads((folder / "history.json").read_text()), (folder / "labeled.txt").read_text())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    states = {}
+
+    def state(processes: int):
+        if processes not in states:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            done = run_script(*OPTIONS, "--out-dir", folder, processes=processes)
+            assert done.returncode == 0, done.stderr[-3000:]
+            states[processes] = final_state(folder)
+        return states[processes]
+    return state
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_to_the_bit(processes, uninterrupted, tmp_path):
+    expected, folder, kills, rng = uninterrupted(processes), tmp_path / "run", 0, random.Random(processes)
+    for attempt in range(40):
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        run = start(processes, *OPTIONS, "--out-dir", folder, *resume)
+        try:
+            if kills < 3:  # let it come to its steps, then kill it anywhere in them
+                while run.poll() is None and not (folder / "config.json").exists():
+                    time.sleep(0.05)
+                if resume:
+                    before = (folder / "checkpoint" / "state.pt").stat().st_mtime_ns if (folder / "checkpoint" / "state.pt").exists() else 0
+                    deadline = time.monotonic() + 120
+                    while run.poll() is None and time.monotonic() < deadline and not ((folder / "checkpoint" / "state.pt").exists()
+                                                                                     and (folder / "checkpoint" / "state.pt").stat().st_mtime_ns > before):
+                        time.sleep(0.005)
+                time.sleep(rng.uniform(0, 0.4))
+                if run.poll() is None:
+                    kills += 1
+                os.killpg(run.pid, signal.SIGKILL)
+                run.communicate()
+            else:
+                out, _ = run.communicate(timeout=300)
+                assert run.returncode == 0, out[-3000:]
+                break
+        except ProcessLookupError:
+            pass
+        finally:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
+                run.communicate()
+        if run.returncode == 0:
+            break
+    assert kills >= 1
+    assert same(final_state(folder), expected)
+    assert not list(folder.rglob("*.part"))
+
+
+@pytest.mark.parametrize("processes,number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_signals_save_at_the_next_step_and_say_how_to_go_on(processes, number, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    run = start(processes, *OPTIONS, "--save-interval", "100", "--out-dir", folder)
+    while run.poll() is None and not (folder / "config.json").exists():
+        time.sleep(0.02)
+    os.kill(run.pid, number)  # the launcher passes it on
+    out, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    stopped = re.search(r"stopped at step (\d+) of 9, saved. Go on with: (.*--resume)", out)
+    assert stopped, out[-2000:]
+    assert processes == 2 or run.returncode == 128 + number
+    assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["step"] == int(stopped[1])
+    done = run_script(*OPTIONS, "--save-interval", "100", "--out-dir", folder, "--resume", processes=processes)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert same(final_state(folder)[0], uninterrupted(processes)[0])
+
+
+def test_resuming_with_other_arguments_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    done = run_script("train_supervised.py", "--iterations", "2", "--batch-size", "2", "--log-with", "none", "--out-dir", folder)
+    assert done.returncode == 0, done.stderr
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for words, culprit in ((["--seed", "1"], "--seed 1 (the run: 0)"), (["--lr", "0.5"], "--lr 0.5"), (["--iterations", "50"], "--iterations 50"),
+                           (["--reco"], "--reco True"), (["--crop-size", "32"], "--crop-size")):
+        done = run_script("train_supervised.py", "--out-dir", folder, "--resume", *words)
+        assert done.returncode == 2 and culprit in done.stderr and len(done.stderr.splitlines()) == 1
+    done = run_script("train_semi.py", "--out-dir", folder, "--resume")
+    assert done.returncode == 2 and "train_supervised.py" in done.stderr
+    done = run_script("train_supervised.py", "--out-dir", folder, "--resume", processes=2)
+    assert done.returncode != 0 and "processes 2 (the run: 1)" in done.stderr
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    done = run_script("train_supervised.py", "--out-dir", folder, "--resume", "--num-workers", "1")  # harmless: nothing is left to do
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    data.atomic_write(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the new")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError):
+        data.atomic_write(path, fail)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

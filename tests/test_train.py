@@ -1,0 +1,124 @@
+"""Short real runs of both scripts through the command line."""
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from cli import ROOT, SMALL, check, run_script
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import trees
+
+SHORT = ["--iterations", "4", "--val-interval", "2", "--log-interval", "2"]
+
+
+def test_the_main_job_in_short(tmp_path):
+    """train_semi.py --reco through accelerate launch, on the embedded data, without --out-dir."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+               "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", str(ROOT / "train_semi.py"), "--reco", *SHORT]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "runs" / "street-classmix-reco-20-seed0"
+    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "config.json", "checkpoint", "labeled.txt", "tensorboard", "history.json"}
+    assert "20 labelled + 980 unlabelled" in done.stdout and "best validation mIoU" in done.stdout and "python predict.py" in done.stdout
+    assert len((folder / "labeled.txt").read_text().split()) == 20
+    config = json.loads((folder / "config.json").read_text())
+    assert config["arguments"]["seed"] == 0 and len(config["classes"]) == len(config["palette"]) == 11
+    assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["step"] == 4
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    assert {"loss/total", "loss/supervised", "loss/unsupervised", "loss/reco", "learning rate", "images per second", "teacher/eta", "reco/classes",
+            "validation/teacher miou", "validation/student miou", "validation/teacher boundary_iou"} <= set(events.Tags()["scalars"])
+    assert any(tag.startswith("training: image") for tag in events.Tags()["images"])
+    assert any(tag.startswith("class relation") for tag in events.Tags()["images"])
+    for word in ("Warning", "warn"):
+        assert word not in done.stderr, done.stderr
+    # the default folder gets a number when it is taken
+    check("train_supervised.py", *SHORT, "--num-labeled", "5", cwd=tmp_path)
+    check("train_supervised.py", *SHORT, "--num-labeled", "5", cwd=tmp_path)
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"street-classmix-reco-20-seed0", "street-supervised-5-seed0", "street-supervised-5-seed0-2"}
+
+
+@pytest.fixture(scope="module")
+def cityscapes(tmp_path_factory):
+    return trees.cityscapes(tmp_path_factory.mktemp("cityscapes"), train=152, val=2, size=(32, 64))
+
+
+SPECIFIED = [
+    "train_supervised.py --dataset cityscapes --data-path dataset/cityscapes --num-labeled 150 --val-interval 500 --model reconet",
+    "train_semi.py --dataset cityscapes --data-path dataset/cityscapes --num-labeled 150 --val-interval 500 --model reconet --mixing-strategy classmix",
+    "train_semi.py --dataset cityscapes --data-path dataset/cityscapes --num-labeled 150 --val-interval 500 --model reconet --mixing-strategy classmix --reco "
+    "--reco-weight 1.0 --reco-temp 0.5 --reco-num-queries 256 --reco-num-negatives 256 --reco-threshold 0.97",
+    "train_supervised.py --dataset cityscapes --data-path dataset/cityscapes --label-ratio p1 --seed 0 --val-interval 500 --model reconet",
+    "train_semi.py --dataset cityscapes --data-path dataset/cityscapes --label-ratio p0 --seed 0 --val-interval 500 --model reconet --mixing-strategy classmix --reco",
+]
+
+
+@pytest.mark.parametrize("line", SPECIFIED)
+def test_published_command_lines(line, cityscapes, tmp_path):
+    """As written, but for a small network and two steps."""
+    words = [str(cityscapes) if word == "dataset/cityscapes" else word for word in shlex.split(line)]
+    out = check(*words, *SMALL, "--iterations", "2", "--log-interval", "1", "--log-with", "none", "--out-dir", tmp_path / "run", XDG_CACHE_HOME=str(cityscapes / "cache"))
+    assert "19 classes" in out and "best validation mIoU" in out
+    names = (tmp_path / "run" / "labeled.txt").read_text().split()
+    assert len(names) == len(set(names)) == (150 if "--num-labeled" in line else 152)
+
+
+@pytest.mark.parametrize("options", [
+    "train_supervised.py --dataset pascal --num-labeled 3 --reco",
+    "train_semi.py --dataset pascal --num-labeled 3 --mixing-strategy cutmix --model deeplabv3plus",
+    "train_semi.py --dataset pascal --label-ratio p25 --mixing-strategy cutout --reco --reco-sampling independent --reco-num-queries 8 --reco-num-negatives 8",
+    "train_semi.py --dataset sun --num-labeled 0 --reco --warmup-iterations 1",
+    "train_supervised.py --dataset sun --label-ratio p5 --reco --cache-dir CACHE",
+    "train_semi.py --dataset folder --recipe street --num-labeled 2 --reco",
+    "train_supervised.py --dataset folder --model deeplabv3plus",
+])
+def test_every_data_set_and_option(options, tmp_path):
+    script, *words = shlex.split(options.replace("CACHE", str(tmp_path / "cache")))
+    tree = getattr(trees, words[1])(tmp_path / "data")
+    small = SMALL[:3] + SMALL[-4:] if "street" in words else SMALL
+    check(script, *words, "--data-path", tree, *small, "--batch-size", "2", "--iterations", "2", "--val-interval", "1", "--log-with", "none", "--out-dir", tmp_path / "run",
+          XDG_CACHE_HOME=str(tmp_path / "home"))
+    assert load_file(tmp_path / "run" / "model.safetensors")
+    assert len(json.loads((tmp_path / "run" / "history.json").read_text())) == 2
+
+
+def test_sparse_masks_switch_partial_labels_on(tmp_path):
+    tree = trees.folder(tmp_path / "data", painted=0.2)
+    out = check("train_semi.py", "--dataset", "folder", "--data-path", tree, *SMALL, "--reco", "--batch-size", "2", "--iterations", "2", "--log-with", "none",
+                "--out-dir", tmp_path / "run", XDG_CACHE_HOME=str(tmp_path))
+    assert "sparse masks" in out
+
+
+@pytest.mark.parametrize("script", ["train_supervised.py", "train_semi.py"])
+def test_two_processes(script, tmp_path):
+    out = check(script, "--reco", "--iterations", "3", "--val-interval", "3", "--batch-size", "2", "--num-workers", "1", "--out-dir", tmp_path / "run", processes=2)
+    assert "cpu x 2" in out and "global batch 4" in out and out.count("best validation mIoU") == 1  # the other process is quiet
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["arguments"]["processes"] == 2
+    confusion = torch.tensor(json.loads((tmp_path / "run" / "history.json").read_text())[-1]["confusion"])
+    assert confusion.sum() == 300 * 64 * 64  # every validation pixel once
+
+
+def test_same_command_same_weights(tmp_path):
+    for name in ("a", "b"):
+        check("train_semi.py", "--reco", *SHORT, "--batch-size", "4", "--log-with", "none", "--out-dir", tmp_path / name, "--num-workers", "0" if name == "a" else "2")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_network_learns(tmp_path):
+    """Both scripts fit three easy classes within seconds."""
+    tree = trees.folder(tmp_path / "data", train=6, val=4, unlabelled=6)
+    for script, options in (("train_supervised.py", []), ("train_semi.py", ["--reco"])):
+        check(script, *options, "--dataset", "folder", "--data-path", tree, "--recipe", "street", "--crop-size", "48", "--iterations", "60", "--batch-size", "4", "--lr", "0.1",
+              "--val-interval", "60", "--log-with", "none", "--out-dir", tmp_path / script, XDG_CACHE_HOME=str(tmp_path))
+        assert json.loads((tmp_path / script / "history.json").read_text())[-1]["miou"] > 0.5
+
+
+def test_refusals(tmp_path):
+    for script, words, culprit in (("train_semi.py", ["--reco", "--model", "deeplabv3plus"], "--reco needs the representation head"),):
+        done = run_script(script, *words, "--out-dir", tmp_path / "run")
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and culprit in done.stderr
+        assert not (tmp_path / "run").exists()
