@@ -26,8 +26,9 @@ from models import upsample
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 class Metrics:
-    """Counts of a segmentation, summed over images: the confusion matrix and, per class, the intersection and union of
-    boundary regions (Cheng et al. 2021: the pixels of a mask within 2 % of the image diagonal of its contour)."""
+    """Counts of a segmentation, summed over images: the confusion matrix and, per class, the overlap of boundary regions (Cheng et
+    al. 2021: the pixels of a mask within 2 % of the image diagonal of its contour). Pixels that are not labelled are no part
+    of either mask."""
 
     def __init__(self, num_classes: int, device="cpu"):
         self.num_classes = num_classes
@@ -42,10 +43,11 @@ class Metrics:
         self.confusion += count(pair, n * n + 1)[:-1].view(n, n)
         if boundary:
             distance = max(1, round(0.02 * math.hypot(*label.shape[-2:])))
+            prediction = torch.where(valid, prediction, IGNORE)
             truth_edge, prediction_edge = boundary_region(label, distance) & valid, boundary_region(prediction, distance) & valid
-            for row, (chosen, where) in enumerate([(label, truth_edge & prediction_edge & (label == prediction)), (label, truth_edge),
-                                                   (prediction, prediction_edge)]):
-                self.boundary[row] += count(torch.where(where, chosen, n), n + 1)[:-1]
+            for row, (classes, where) in enumerate([(label, truth_edge & prediction_edge & (label == prediction)), (label, truth_edge),
+                                                    (prediction, prediction_edge)]):
+                self.boundary[row] += count(torch.where(where, classes, n), n + 1)[:-1]
 
     def results(self) -> dict:
         """Plain numbers: miou, accuracy, boundary_iou, and lists per class (None for a class that occurs neither in the truth nor in
@@ -121,10 +123,10 @@ def evaluation_loader(source: data.Source, samples: list[data.Sample], batch_siz
                       full_resolution: bool = False) -> DataLoader:
     """Every image exactly once over all processes; batches only where all images have one size."""
     images = data.EvaluationImages(source, samples, full_resolution)
-    same_size = source.name in ("street", "cityscapes", "sun") or (source.name == "pascal" and not full_resolution)
+    same_size = source.name in ("street", "cityscapes") or (source.name in ("pascal", "sun") and not full_resolution)
     mine = range(accelerator.process_index, len(samples), accelerator.num_processes)
     return DataLoader(Subset(images, mine), batch_size=batch_size if same_size else 1, num_workers=num_workers,
-                      pin_memory=accelerator.device.type == "cuda")
+                      pin_memory=accelerator.device.type == "cuda", worker_init_fn=run.quiet_worker)
 
 
 @torch.no_grad()
@@ -135,7 +137,8 @@ def evaluate(model: nn.Module, loader: DataLoader, num_classes: int, accelerator
     training = model.training
     model.eval()
     metrics = Metrics(num_classes, accelerator.device)
-    for images, label, _ in tqdm(loader, desc=progress, unit="batch", leave=False, disable=not (progress and accelerator.is_main_process)):
+    silent = None if progress and accelerator.is_main_process else True  # None: shown on a terminal alone
+    for images, label, _ in tqdm(loader, desc=progress, unit="batch", leave=False, disable=silent):
         with accelerator.autocast():
             prob = predict_probabilities(model, data.to_float(images, accelerator.device), **prediction)
         metrics.update(prob.argmax(dim=1), label.to(accelerator.device, non_blocking=True), boundary)
@@ -157,38 +160,45 @@ def table(results: dict, classes: list[str]) -> str:
 # -------------------------------------------------------------------------------------------------------------- script
 def main() -> None:
     parser = run.Parser(description=__doc__, formatter_class=run.Formatter)
-    run.add_trained_options(parser)
-    parser.add_argument("--dataset", choices=list(data.SOURCES), help="another data set of the same classes (default: the run's)")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder")
+    parser.add_argument("--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run")
+    parser.add_argument("--dataset", choices=list(data.SOURCES), help="another data set of the same classes (default: the run's); what a checkpoint was trained on")
     parser.add_argument("--data-path", metavar="DIR", help="where it lies (default: the run's)")
     parser.add_argument("--split", choices=["val", "test", "train"], default="val", help="which images (test: street alone has one)")
     parser.add_argument("--batch-size", type=run.positive, default=4, help="images at once where all have one size")
     parser.add_argument("--num-workers", type=run.natural, default=min(2, os.cpu_count() or 1), help="processes that read images")
-    parser.add_argument("--full-resolution", action="store_true", help="evaluate at the size of the files (Cityscapes: 2048x1024)")
+    parser.add_argument("--full-resolution", action="store_true", help="the network sees the images at the size of their files and is scored there (Cityscapes: 2048x1024)")
     parser.add_argument("--sliding-window", action="store_true", help="predict on tiles of the training crop's size that overlap by a third")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    parser.add_argument("--scales", type=run.positive_float, nargs="+", default=[1.0], help="average over these scales")
-    parser.add_argument("--json", metavar="FILE", help="where the results go (default: RUN/evaluation-SPLIT.json)")
+    parser.add_argument("--scales", type=run.positive_float, nargs="+", default=[1.0], metavar="S", help="average over these scales")
+    parser.add_argument("--json", metavar="FILE", help="where the results go (default: evaluation-SPLIT.json in the run's folder, or here for a checkpoint)")
     args = parser.parse_args()
+    path = Path(args.json or Path(args.run or ".") / f"evaluation-{args.split}.json")
+    if args.json and not os.access(path.parent, os.W_OK):
+        raise UserError(f"--json {path}: {path.parent} is no folder that can be written to")
 
     accelerator = Accelerator()
     model, config = run.load_trained(args, accelerator.device)
     saved = config["arguments"]
     dataset = args.dataset or saved["dataset"]
     source = data.load_source(dataset, args.data_path or (saved.get("data_path") if dataset == saved["dataset"] else None), saved.get("max_size"))
-    if [c.lower() for c in source.classes] != [c.lower() for c in config["classes"]]:
-        raise UserError(f"--dataset {dataset}: has the classes {', '.join(source.classes[:4])} ..., the model was trained on "
-                        f"{', '.join(config['classes'][:4])} ...; they must be the same")
+    theirs, ours = [c.lower() for c in source.classes], [c.lower() for c in config["classes"]]
+    if theirs != ours:
+        where = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), min(len(theirs), len(ours)))
+        raise UserError(f"--dataset {dataset}: has {len(theirs)} classes, the model {len(ours)}; they differ from class {where} on "
+                        f"({' / '.join(c[where] if where < len(c) else 'none' for c in (source.classes, config['classes']))}) and must be the same")
     samples = [s for s in getattr(source, args.split) if s.label]
     if not samples:
         raise UserError(f"--split {args.split}: {dataset} has no labelled images there")
     loader = evaluation_loader(source, samples, args.batch_size, args.num_workers, accelerator, args.full_resolution)
     window = tuple(config["crop_size"]) if args.sliding_window else None
+    run.STARTED = True  # a process that meets a broken file says so itself
     results, confusion = evaluate(model, loader, len(source.classes), accelerator, progress="evaluating", scales=args.scales, flip=args.flip, window=window)
     if accelerator.is_main_process:
         print(f"{len(samples)} {args.split} images of {dataset}")
         print(table(results, source.classes))
-        path = Path(args.json) if args.json else (Path(args.run) if args.run else Path(".")) / f"evaluation-{args.split}.json"
-        run.write_json(path, {**results, "classes": source.classes, "confusion": confusion.tolist(), "images": len(samples), "options": vars(args)})
+        run.write_json(path, {**results, "classes": source.classes, "confusion": confusion.tolist(), "images": len(samples),
+                              "processes": accelerator.num_processes, "options": vars(args)})
         print(f"written to {path}")
     accelerator.end_training()
 

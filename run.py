@@ -38,7 +38,7 @@ RECIPES = {
     "folder": PAPER | dict(batch_size=8),
     # no pretrained weights, 64x64 images: a small network of output stride 8 with a decoder at stride 2, and a higher rate
     "street": PAPER | dict(backbone="test_resnet", pretrained=False, output_stride=8, decoder_stride=2, channels=64, low_channels=24, rep_dim=32,
-                           aspp_rates=[1, 2, 3], crop_size=[64], scale=[0.8, 1.25], batch_size=8, lr=0.4, iterations=1500, val_interval=250,
+                           aspp_rates=[1, 2, 3], crop_size=[64], scale=[0.8, 1.25], batch_size=8, lr=0.4, iterations=3000, val_interval=500,
                            warmup_iterations=0, num_labeled=20, num_workers=0),
 }
 # What may differ between a run and its resumption without changing the result.
@@ -118,7 +118,7 @@ def training_parser(description: str, semi: bool) -> Parser:
         add("--weak-threshold", type=share, default=0.7, help="pseudo-labels of at least this confidence join ReCo")
         add("--warmup-iterations", type=natural, help="supervised steps before the unlabelled images join (0; needed where a teacher from random weights never starts)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--iterations", type=positive, help="training steps (street: 1500, others: 40000)")
+    add("--iterations", type=positive, help="training steps (street: 3000, others: 40000)")
     add("--batch-size", type=positive, help="images per step and process" + (": so many labelled and as many unlabelled" if semi else "")
         + (" (cityscapes 2, sun 5, street and folder 8, pascal 10" + (")" if semi else "; without unlabelled images twice that)")))
     add("--lr", type=positive_float, help="base learning rate, used as given (street: 0.4, others: 0.0025; by default it follows the global batch in proportion)")
@@ -126,7 +126,7 @@ def training_parser(description: str, semi: bool) -> Parser:
     add = parser.add_argument_group("run").add_argument
     add("--out-dir", metavar="DIR", help="the run's folder (default runs/<dataset>-<method>-<labels>-seed<seed>, numbered when taken)")
     add("--resume", action="store_true", help="go on with the run in --out-dir (default: the newest of the default name); options not given are the run's")
-    add("--val-interval", type=positive, help="steps between validations (street: 250, others: 500)")
+    add("--val-interval", type=positive, help="steps between validations")
     add("--save-interval", type=positive, help="steps between checkpoints (default: the validation interval)")
     add("--log-interval", type=positive, default=25, help="steps between points in the curves")
     add("--log-with", default="tensorboard", metavar="NAME", help="a tracker that Accelerate knows, or none")
@@ -191,12 +191,6 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
 
 def normal(value, name: str):
     return list(value) * 2 if name == "crop_size" and isinstance(value, (list, tuple)) and len(value) == 1 else value
-
-
-def add_trained_options(parser: Parser) -> None:
-    """The options that name a trained model, for evaluate.py and predict.py."""
-    parser.add_argument("run", nargs="?" if parser.prog == "evaluate.py" else None, help="a run's folder" if parser.prog == "evaluate.py" else argparse.SUPPRESS)
-    parser.add_argument("--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run")
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder
@@ -267,11 +261,16 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{folder}: no such run folder")
     try:
         config = json.loads((folder / "config.json").read_text())
-        config["model"]["num_classes"], config["classes"], config["arguments"]["dataset"]
+        dataset, classes, colours = config["arguments"]["dataset"], config["classes"], np.asarray(config["palette"], np.uint8)
+        height, width = config["crop_size"]
+        if not (config["model"]["num_classes"] == len(classes) and colours.shape == (len(classes), 3) and dataset in data.SOURCES and min(height, width) > 0):
+            raise ValueError("its entries contradict one another")
         return config
     except FileNotFoundError:
         raise UserError(f"{folder}: is no run's folder (it has no config.json)") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"{folder / 'config.json'}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{folder / 'config.json'}: is damaged ({type(error).__name__}: {error})") from None
 
 
@@ -292,7 +291,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the run has not been validated yet") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: is truncated or no safetensors file ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: is truncated or no safetensors file ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
 
 
 def read_torch(path: Path):
@@ -319,16 +318,20 @@ def load_trained(args: argparse.Namespace, device) -> tuple[nn.Module, dict]:
         state = read_torch(Path(args.checkpoint))
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
             raise UserError(f"{args.checkpoint}: is no dictionary of tensors, as the published checkpoints are")
-        classes, palette, table = {"cityscapes": ([c[1] for c in data.CITYSCAPES], [c[2] for c in data.CITYSCAPES]), "pascal": (data.PASCAL, data.voc_palette(21)),
-                                   "sun": (data.SUN, data.voc_palette(38)[1:])}[args.dataset] + (None,)
-        recipe = RECIPES[args.dataset]
+        classes, palette = {"cityscapes": ([c[1] for c in data.CITYSCAPES], [c[2] for c in data.CITYSCAPES]), "pascal": (data.PASCAL, data.voc_palette(21)),
+                            "sun": (data.SUN, data.voc_palette(38)[1:])}[args.dataset]
         config = {"model": {"num_classes": len(classes), "backbone": "resnet101", "rep_dim": 256}, "classes": classes, "palette": palette,
-                  "crop_size": recipe["crop_size"] * 2, "arguments": {"dataset": args.dataset, "data_path": None, "max_size": None}}
+                  "crop_size": RECIPES[args.dataset]["crop_size"] * 2, "arguments": {"dataset": args.dataset, "data_path": None, "max_size": None}}
         model, weights, origin = build_model(config), models.convert_reco_checkpoint(state), args.checkpoint
     else:
-        config = read_config(Path(args.run))
-        model, origin = build_model(config), Path(args.run) / "model.safetensors"
+        config, origin = read_config(Path(args.run)), Path(args.run) / "model.safetensors"
         weights = read_weights(origin)
+        try:
+            model = build_model(config)
+        except UserError:
+            raise
+        except Exception as error:  # whatever timm and torch make of entries that are not theirs
+            raise UserError(f"{Path(args.run) / 'config.json'}: describes a network that cannot be built ({type(error).__name__})") from None
     load_weights(model, weights, origin)
     return model.to(device).eval(), config
 
@@ -395,7 +398,8 @@ def new_model(args: argparse.Namespace, source: data.Source, fresh: bool = True)
 
 def quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the main process decides
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------- the record
@@ -438,8 +442,7 @@ class Record:
                 raise UserError(f"--resume {folder}: {', '.join(differing)} would change the result")
         self.names_labelled, self.begun, self.writer = [s.name for s in labelled], False, None
         self.announce(labelled, unlabelled, partial)
-        self.bar = tqdm(total=args.iterations, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True,
-                        mininterval=0.5 if sys.stderr.isatty() else 30)  # a log file gets a line every half minute
+        self.bar = None
         self.stop = Stop()
         global STARTED
         STARTED = True
@@ -447,6 +450,8 @@ class Record:
     def begin(self) -> None:
         """Open the run's folder. Called after the first step, so that bad input found until then leaves nothing behind."""
         self.begun, args, accelerator = True, self.args, self.accelerator
+        self.bar = tqdm(total=args.iterations, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True,
+                        mininterval=0.5 if sys.stderr.isatty() else 30)  # a log file gets a line every half minute
         if self.main and not args.resume:
             self.config["arguments"] = {**vars(args), "processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
             write(self.folder / "labeled.txt", lambda file: file.write("".join(f"{name}\n" for name in self.names_labelled).encode()))
@@ -651,7 +656,8 @@ class Record:
         self.since = time.monotonic()
 
     def finish(self, network: nn.Module) -> None:
-        self.bar.close()
+        if self.bar:
+            self.bar.close()
         self.embedding(network)
         if self.writer:
             plain = {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
@@ -725,6 +731,8 @@ def launch(main) -> None:
     try:
         main()
     except UserError as error:
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()  # the line stands by itself
         text = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")  # from a loader's process it comes with its traceback
         if int(os.environ.get("RANK", 0)) == 0 or STARTED:
             print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)

@@ -14,10 +14,17 @@ from cli import ROOT, run_script
 from safetensors.torch import load_file
 
 import data
+import trees
 
 # checkpoints at every step and a validation at every third: most of the time something is being written
-OPTIONS = ["train_semi.py", "--reco", "--iterations", "9", "--val-interval", "3", "--save-interval", "1", "--batch-size", "2", "--num-workers", "1",
+OPTIONS = ["train_semi.py", "--reco", "--dataset", "folder", "--data-path", "DATA", "--recipe", "street", "--crop-size", "32", "--iterations", "9", "--val-interval", "3", "--save-interval", "1", "--batch-size", "2", "--num-workers", "1",
            "--log-interval", "1", "--reco-num-queries", "16", "--reco-num-negatives", "16"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_data(tmp_path_factory):
+    OPTIONS[OPTIONS.index("DATA")] = str(trees.folder(tmp_path_factory.mktemp("data") / "data", size=(32, 40)))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def start(processes: int, *words) -> subprocess.Popen:
@@ -113,11 +120,11 @@ def test_signals_save_at_the_next_step_and_say_how_to_go_on(processes, number, u
 
 def test_resuming_with_other_arguments_is_refused(tmp_path):
     folder = tmp_path / "run"
-    done = run_script("train_supervised.py", "--iterations", "2", "--batch-size", "2", "--log-with", "none", "--out-dir", folder)
+    done = run_script("train_supervised.py", *OPTIONS[2:10], "--iterations", "2", "--batch-size", "2", "--log-with", "none", "--out-dir", folder)
     assert done.returncode == 0, done.stderr
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     for words, culprit in ((["--seed", "1"], "--seed 1 (the run: 0)"), (["--lr", "0.5"], "--lr 0.5"), (["--iterations", "50"], "--iterations 50"),
-                           (["--reco"], "--reco True"), (["--crop-size", "32"], "--crop-size")):
+                           (["--reco"], "--reco True"), (["--crop-size", "48"], "--crop-size")):
         done = run_script("train_supervised.py", "--out-dir", folder, "--resume", *words)
         assert done.returncode == 2 and culprit in done.stderr and len(done.stderr.splitlines()) == 1
     done = run_script("train_semi.py", "--out-dir", folder, "--resume")
