@@ -1,5 +1,6 @@
 """What every run needs and no experiment is about: options, the run's folder, checkpoint and resume, logging."""
 import argparse
+import io
 import json
 import math
 import os
@@ -240,10 +241,6 @@ def write(path: Path, writer) -> None:
         data.atomic_write(path, writer)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); what stood there before is whole. Mend it, then go on with --resume") from None
-    except RuntimeError as error:  # torch's writer wraps the system's error
-        if "write" not in str(error) and "PytorchStreamWriter" not in str(error):
-            raise
-        raise UserError(f"{path}: cannot be written (disk full?); what stood there before is whole. Mend it, then go on with --resume") from None
 
 
 def write_json(path: Path, content) -> None:
@@ -338,7 +335,9 @@ def load_trained(args: argparse.Namespace, device) -> tuple[nn.Module, dict]:
 
 def save_checkpoint(folder: Path, state: dict) -> None:
     """checkpoint/state.pt: everything a resumed run needs. Random state is no part of it: every draw is a function of (seed, step)."""
-    write(folder / "checkpoint" / "state.pt", lambda file: torch.save(state, file))
+    buffer = io.BytesIO()  # in memory first: torch's own writer hides what the disk says
+    torch.save(state, buffer)
+    write(folder / "checkpoint" / "state.pt", lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(folder: Path) -> dict | None:

@@ -1,4 +1,5 @@
 """Run a script of the repository as a user does."""
+import json
 import os
 import subprocess
 import sys
@@ -22,3 +23,12 @@ def check(*command, **options) -> str:
     done = run_script(*command, **options)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
+
+
+def run_many(commands: list, cwd=ROOT, **environment) -> list:
+    """[status, stdout, stderr] of each command line; the libraries are imported once for all (many.py)."""
+    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    commands = [[str(word) for word in command] for command in commands]
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "many.py")], input=json.dumps(commands), capture_output=True, text=True, env=env, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)

@@ -4,14 +4,12 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli import ROOT, SMALL
+from cli import SMALL, run_many
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -170,12 +168,8 @@ def evil_checkpoint() -> bytes:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("bad")
-    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-
     def run_all(commands):
-        done = subprocess.run([sys.executable, str(ROOT / "tests" / "many.py")], input=json.dumps(commands), capture_output=True, text=True, env=env, cwd=tmp)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout)
+        return run_many(commands, cwd=tmp, XDG_CACHE_HOME=str(tmp / "cache"))
     good = ["train_supervised.py", "--iterations", "1", "--batch-size", "2", "--num-labeled", "4", "--log-with", "none", "--out-dir", str(tmp / "whole")]
     (status, out, err), = run_all([good])
     assert status == 0, err

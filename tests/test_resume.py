@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from cli import ROOT, run_script
+from cli import ROOT, run_many, run_script
 from safetensors.torch import load_file
 
 import data
@@ -123,12 +123,11 @@ def test_resuming_with_other_arguments_is_refused(tmp_path):
     done = run_script("train_supervised.py", *OPTIONS[2:10], "--iterations", "2", "--batch-size", "2", "--log-with", "none", "--out-dir", folder)
     assert done.returncode == 0, done.stderr
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    for words, culprit in ((["--seed", "1"], "--seed 1 (the run: 0)"), (["--lr", "0.5"], "--lr 0.5"), (["--iterations", "50"], "--iterations 50"),
-                           (["--reco"], "--reco True"), (["--crop-size", "48"], "--crop-size")):
-        done = run_script("train_supervised.py", "--out-dir", folder, "--resume", *words)
-        assert done.returncode == 2 and culprit in done.stderr and len(done.stderr.splitlines()) == 1
-    done = run_script("train_semi.py", "--out-dir", folder, "--resume")
-    assert done.returncode == 2 and "train_supervised.py" in done.stderr
+    refused = [(["train_supervised.py", "--seed", "1"], "--seed 1 (the run: 0)"), (["train_supervised.py", "--lr", "0.5"], "--lr 0.5"),
+               (["train_supervised.py", "--iterations", "50"], "--iterations 50"), (["train_supervised.py", "--reco"], "--reco True"),
+               (["train_supervised.py", "--crop-size", "48"], "--crop-size"), (["train_semi.py"], "train_supervised.py")]
+    for (words, culprit), (status, _, err) in zip(refused, run_many([[*words, "--out-dir", folder, "--resume"] for words, _ in refused])):
+        assert status == 2 and culprit in err and len(err.splitlines()) == 1, (words, err)
     done = run_script("train_supervised.py", "--out-dir", folder, "--resume", processes=2)
     assert done.returncode != 0 and "processes 2 (the run: 1)" in done.stderr
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -146,3 +145,31 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError):
         data.atomic_write(path, fail)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
+    folder = tmp_path / "run"
+    done = run_script("train_supervised.py", *OPTIONS[2:10], "--iterations", "40", "--lr", "1e12", "--save-interval", "1", "--val-interval", "40", "--log-interval", "1",
+                      "--batch-size", "2", "--log-with", "none", "--out-dir", folder)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    found = re.search(r"the loss was not finite at step (\d+) \(.*loss/supervised (nan|inf)", done.stderr)
+    assert found, done.stderr
+    step = int(found[1])
+    state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)
+    assert state["step"] == step  # the state before the offending step
+    (image, label, index), = torch.load(folder / f"nonfinite-step{step}-process0.pt", weights_only=True)
+    assert image.shape == (2, 3, 32, 32) and label.shape == (2, 32, 32)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(tmp_path):
+    folder = tmp_path / "run"
+    small = ["train_supervised.py", *OPTIONS[2:10], "--batch-size", "2", "--log-with", "none", "--out-dir", folder, "--iterations", "4", "--val-interval", "4", "--save-interval", "2"]
+    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6,) * 2); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *map(str, small)], cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "state.pt: cannot be written" in done.stderr
+    assert not list(folder.rglob("*.part")) and not (folder / "checkpoint" / "state.pt").exists()
+    done = run_script("train_supervised.py", "--out-dir", folder, "--resume")  # the disk has room again
+    assert done.returncode == 0, done.stderr
+    assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["step"] == 4
