@@ -1,13 +1,14 @@
 """Metrics against torchmetrics and a literal erosion, predictions that must not depend on how they are made, and evaluate.py as a user runs it."""
 import json
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from cli import ROOT, run_script
 from PIL import Image
+from test_models import published_weights
 from torch import nn
 
 import data
@@ -210,7 +211,6 @@ def test_tiles_cover_and_overlap_by_a_third():
 
 # -------------------------------------------------------------------------------------------------------------- script
 def load(folder):
-    from argparse import Namespace
     return run.load_trained(Namespace(run=str(folder), checkpoint=None, dataset=None), "cpu")[0]
 
 
@@ -277,25 +277,9 @@ def test_files_of_several_sizes(dataset, options, script, tmp_path):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A checkpoint as the authors publish them, with the golden weights (see SPEC.md)."""
-    shapes = json.loads((ROOT / "tests" / "golden" / "upstream_deeplabv3plus_keys.json").read_text())
-    state = {}
-    for i, key in enumerate(sorted(shapes)):
-        shape = shapes[key] if isinstance(shapes[key], list) else shapes[key]["shape"]
-        draw = np.random.RandomState(i)
-        if key.endswith("num_batches_tracked"):
-            value = np.array(1, np.int64)
-        elif key.endswith("running_var"):
-            value = 1 + 0.1 * abs(draw.randn(*shape))
-        elif key.endswith("running_mean") or (len(shape) == 1 and not key.endswith("weight")):
-            value = 0.1 * draw.randn(*shape)
-        elif len(shape) == 1:
-            value = 1 + 0.1 * draw.randn(*shape)
-        else:
-            value = draw.randn(*shape) * np.sqrt(1 / np.prod(shape[1:]))
-        state[key] = torch.from_numpy(np.asarray(value, np.int64 if value.dtype == np.int64 else np.float32))
+    """A checkpoint as the authors publish them, with the weights of the golden file."""
     path = tmp_path_factory.mktemp("published") / "cityscapes_reco.pth"
-    torch.save(state, path)
+    torch.save(published_weights(), path)
     return path
 
 
@@ -349,7 +333,9 @@ def bad(own, tmp_path):
 def test_bad_input_is_one_line(own, script, tmp_path):
     for arguments, culprit in bad(own, tmp_path):
         for workers in (0, 1) if culprit == "val_001.png" else (0,):
+            import time; t=time.time()
             status, out, err = script(evaluate, *arguments, "--num-workers", workers)
+            print(time.time()-t, arguments)
             assert status == 2 and err.count("\n") == 1 and err.startswith("evaluate.py: ") and culprit in err and not out, (arguments, status, out, err)
 
 
