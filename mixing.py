@@ -19,7 +19,7 @@ def mix(images: Tensor, labels: Tensor, confidence: Tensor, strategy: str, fill:
     if strategy == "classmix":
         keep = class_mask(labels)
     elif strategy in ("cutout", "cutmix"):
-        keep = ~rectangle_mask(*labels.shape).to(labels.device, non_blocking=True)
+        keep = ~rectangle_mask(*labels.shape, labels.device)
     else:
         raise ValueError(f"mixing strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
     if strategy == "cutout":
@@ -30,18 +30,18 @@ def mix(images: Tensor, labels: Tensor, confidence: Tensor, strategy: str, fill:
             torch.where(keep, confidence, others[2]))
 
 
-def rectangle_mask(batch: int, height: int, width: int) -> Tensor:
-    """[B, H, W] bool, on the CPU: True inside one rectangle per image of half its area, of random shape and place."""
+def rectangle_mask(batch: int, height: int, width: int, device="cpu") -> Tensor:
+    """[B, H, W] bool: True inside one rectangle per image of half its area, of random shape and place. Drawn on the CPU, sent without waiting."""
     if width < 2 or height < 2:
-        return torch.zeros(batch, height, width, dtype=torch.bool)
+        return torch.zeros(batch, height, width, dtype=torch.bool, device=device)
     u = torch.rand(batch, 3)
     w = (width / 2 + 1 + u[:, 0] * (width / 2 - 1)).long().clamp(max=width)  # more than half of the width ...
     h = (height * width / 2 / w).round().long()                               # ... so less than the height
-    x0, y0 = (u[:, 1] * (width - w + 1)).long(), (u[:, 2] * (height - h + 1)).long()
-    x, y = torch.arange(width), torch.arange(height)
-    in_x = (x >= x0[:, None]) & (x < (x0 + w)[:, None])  # [B, W]
-    in_y = (y >= y0[:, None]) & (y < (y0 + h)[:, None])  # [B, H]
-    return in_y[:, :, None] & in_x[:, None, :]
+    x, y = (u[:, 1] * (width - w + 1)).long(), (u[:, 2] * (height - h + 1)).long()
+    left, right, top, bottom = torch.stack([x, x + w, y, y + h]).to(device, non_blocking=True)[..., None]  # [B, 1] each
+    columns, rows = torch.arange(width, device=device), torch.arange(height, device=device)
+    inside = ((rows >= top) & (rows < bottom))[:, :, None], ((columns >= left) & (columns < right))[:, None, :]
+    return inside[0] & inside[1]
 
 
 def class_mask(labels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from PIL import Image, ImageDraw, ImageFont
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from safetensors import SafetensorError
@@ -159,6 +160,8 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
         recipe["batch_size"] *= 2
         del recipe["warmup_iterations"]
     args.recipe_batch = recipe["batch_size"]
+    if args.init_from:  # the network is that of the run
+        recipe |= {k: v for k, v in read_config(Path(args.init_from))["model"].items() if k in recipe and v is not None}
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -183,10 +186,9 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
         raise UserError("--max-size has a meaning with --dataset folder alone; the other data sets have a fixed size")
     if semi and args.warmup_iterations >= args.iterations:
         raise UserError(f"--warmup-iterations {args.warmup_iterations}: the run has only {args.iterations} iterations, so no unlabelled image would be used")
-    if args.log_with not in ("none", "tensorboard"):
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-        if args.log_with not in LOGGER_TYPE_TO_CLASS:
-            raise UserError(f"--log-with {args.log_with}: Accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}; or none")
+    trackers = ["none", *map(str, get_available_trackers())]
+    if args.log_with not in trackers:
+        raise UserError(f"--log-with {args.log_with}: no such tracker, or not installed; there are {', '.join(trackers)}")
     return args
 
 

@@ -333,9 +333,7 @@ def bad(own, tmp_path):
 def test_bad_input_is_one_line(own, script, tmp_path):
     for arguments, culprit in bad(own, tmp_path):
         for workers in (0, 1) if culprit == "val_001.png" else (0,):
-            import time; t=time.time()
             status, out, err = script(evaluate, *arguments, "--num-workers", workers)
-            print(time.time()-t, arguments)
             assert status == 2 and err.count("\n") == 1 and err.startswith("evaluate.py: ") and culprit in err and not out, (arguments, status, out, err)
 
 
