@@ -85,17 +85,8 @@ class Source:
         size = stored if full_resolution else self.training_size(*stored)
         label = np.full(size, IGNORE, np.uint8)
         if sample.label:
-            label = self.train_ids(resize_nearest(read_values(sample, stored), size), sample.label)
+            label = resize_nearest(read_label(sample.label, self.table, len(self.classes), stored), size)
         return resize_image(to_rgb(picture), size), torch.from_numpy(label)
-
-    def train_ids(self, values: np.ndarray, path: str) -> np.ndarray:
-        """Values on disk -> uint8 train ids. Raises UserError that names the file, the value and the allowed range."""
-        label = self.table[values if values.dtype == np.uint8 else np.where(values > IGNORE, OUTSIDE, values)]
-        if (label == OUTSIDE).any():
-            allowed = np.flatnonzero(self.table[:IGNORE] != OUTSIDE)
-            raise UserError(f"{path}: holds the value {values[label == OUTSIDE].min()}, which is no class; allowed are {allowed[0]} to {allowed[-1]}"
-                            f"{f' (classes.txt names {len(self.classes)})' if self.name == 'folder' else ''}, and 255 = not labelled")
-        return label
 
     def read_cached(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """The training-size copy of a sample, written once (atomically) and reused while the files stay the same."""
@@ -267,13 +258,14 @@ def load_folder(path: Path, max_size: int | None = 1024) -> Source:
     def split(part: str) -> list[Sample]:
         images = list_files(path / "images" / part, "the layout is images/{train,val}/*, labels/{train,val}/*.png, classes.txt")
         labels = {p.stem: p for p in list_files(path / "labels" / part, "one PNG per labelled image")}
-        stems, known = [p.stem for p in images], {p.stem for p in images}
+        stems = sorted(p.stem for p in images)
         need(images, f"{path / 'images' / part}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
         twice = next((a for a, b in zip(stems, stems[1:]) if a == b), None)
         need(twice is None, f"{path / 'images' / part}: two images are called {twice}; one label could not tell them apart")
-        for stem, label in labels.items():
+        for label in labels.values():
             need(label.suffix.lower() == ".png", f"{label}: a label must be a PNG; other formats change or scale its values")
-            need(stem in known, f"{label}: a label without an image of that name in {path / 'images' / part}")
+        orphan = labels.get(min(labels.keys() - stems, default=None))
+        need(not orphan, f"{orphan}: a label without an image of that name in {path / 'images' / part}")
         bare = next((p for p in images if part == "val" and p.stem not in labels), None)
         need(not bare, f"{bare}: a validation image without a label in {path / 'labels' / 'val'}; label it or move it to images/train")
         need(labels, f"{path / 'labels' / part}: holds no label; paint at least one")
@@ -326,7 +318,7 @@ def open_image(path, fit: Callable | None = None) -> tuple[Image.Image, tuple[in
         raise UserError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise UserError(f"{path}: {'not an image that can be read' if os.path.getsize(path) else 'is empty'}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise many kinds
         raise UserError(f"{path}: cannot be decoded, truncated or damaged ({(str(error) or type(error).__name__).splitlines()[0]})") from None
 
 
@@ -346,14 +338,22 @@ def read_image(path) -> Tensor:
     return to_rgb(open_image(path)[0])
 
 
-def read_values(sample: Sample, size: tuple[int, int] | None) -> np.ndarray:
-    """[H, W], the numbers that stand in the label, an index or palette PNG, which must have the size of its image (None: not asked)."""
-    image, (height, width) = open_image(sample.label)
+def read_label(path, lut: np.ndarray, num_classes: int, size: tuple[int, int] | None = None) -> np.ndarray:
+    """uint8 [H, W] of train ids from an index or palette PNG, which must have this size, that of its image. Raises UserError that names the
+    file, the value and the allowed range."""
+    image, stored = open_image(path)
     need(image.mode in ("L", "P", "1", "I", "I;16", "I;16B"),
-         f"{sample.label}: is a {image.mode} picture; a label is an index or palette PNG that holds one class number per pixel")
-    if size and (height, width) != size:
-        raise UserError(f"{sample.label}: is {width}x{height} but its image {sample.image} is {size[1]}x{size[0]}; they must have one size")
-    return np.asarray(image).astype(np.uint8) if image.mode == "1" else np.asarray(image)
+         f"{path}: is a {image.mode} picture; a label is an index or palette PNG that holds one class number per pixel")
+    if size and stored != size:
+        raise UserError(f"{path}: is {stored[1]}x{stored[0]} but its image is {size[1]}x{size[0]}; they must have one size")
+    values = np.asarray(image)
+    label = lut.take(values.astype(np.uint8) if values.dtype in (bool, np.uint8) else np.where(values > IGNORE, OUTSIDE, values))
+    if (label == OUTSIDE).any():
+        allowed = np.flatnonzero(lut[:IGNORE] != OUTSIDE)
+        names = f" (classes.txt names {num_classes})" if (Path(path).absolute().parents[2] / "classes.txt").is_file() else ""
+        raise UserError(f"{path}: holds the value {values[label == OUTSIDE].min()}, which is no class; allowed are {allowed[0]} to {allowed[-1]}"
+                        f"{names}, and 255 = not labelled")
+    return label
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -371,14 +371,15 @@ def nearest_index(size: int, original: int, device="cpu") -> Tensor:
 def resize_nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if values.shape == tuple(size):
         return values
-    return values[nearest_index(size[0], values.shape[0]).numpy()][:, nearest_index(size[1], values.shape[1]).numpy()]
+    rows, columns = (nearest_index(*pair).numpy() for pair in zip(size, values.shape))
+    return values.take(rows, axis=0).take(columns, axis=1)
 
 
 # ------------------------------------------------------------------------------------- which images count as labelled
 def label_index(source: Source, samples: list[Sample], quiet: bool = True) -> Iterator[dict]:
     """For each sample in turn {"classes": ids in its label, "share": labelled share of its pixels}, read lazily, checked,
     and cached by path, size and time of change of the files (a changed file is read again)."""
-    home = source.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reco-segmentation"
+    home = source.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "reco-segmentation"
     what = [source.name, source.classes, source.size, source.max_size, os.path.abspath(source.train[0].image)]
     path = home / f"labels-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.json"
     ids, before = set(range(len(source.classes))), {}
@@ -416,8 +417,8 @@ def inspect(source: Source, sample: Sample) -> dict:
     if source.name == "street":
         label = source.read(sample)[1].numpy()
     else:
-        values = read_values(sample, stored)
-        label = source.train_ids(values if stored else resize_nearest(values, source.training_size(*values.shape)), sample.label)
+        label = read_label(sample.label, source.table, len(source.classes), stored)
+        label = label if stored else resize_nearest(label, source.training_size(*label.shape))
     count = np.bincount(label.ravel(), minlength=256)
     return {"classes": np.flatnonzero(count[:IGNORE]).tolist(), "share": 1 - int(count[IGNORE]) / label.size}
 
@@ -571,17 +572,16 @@ def random_scale_crop(image: Tensor, label: Tensor, confidence: Tensor | None, c
     height, width = image.shape[-2:]
     h, w = max(1, int(height * factor)), max(1, int(width * factor))
     y, x = (int(rng.integers(max(size - part, 0) + 1)) for size, part in zip((h, w), crop))
-    maps = [(label, IGNORE)] if confidence is None else [(label, IGNORE), (confidence, 0)]
     if (h, w) != (height, width):
         image = F.interpolate(image[None], size=(h, w), mode="bilinear", antialias=True)[0]
         index = (nearest_index(h, height, label.device)[:, None] * width + nearest_index(w, width, label.device)).flatten()
-        maps = [(values.flatten().index_select(0, index).view(h, w), outside) for values, outside in maps]
-    missing = max(crop[0] - h, 0), max(crop[1] - w, 0)
-    if any(missing):
-        image = reflect_pad(image, *crop)
-        maps = [(F.pad(values, (0, missing[1], 0, missing[0]), value=outside), outside) for values, outside in maps]
-    parts = [part[..., y:y + crop[0], x:x + crop[1]] for part in (image, *(values for values, _ in maps))]
-    return tuple(parts) if len(parts) == 3 else (*parts, None)
+    window = (..., slice(y, y + crop[0]), slice(x, x + crop[1]))
+
+    def follow(values: Tensor, outside: int) -> Tensor:
+        if (h, w) != (height, width):
+            values = values.flatten().index_select(0, index).view(h, w)
+        return F.pad(values, (0, max(crop[1] - w, 0), 0, max(crop[0] - h, 0)), value=outside)[window]
+    return reflect_pad(image, *crop)[window], follow(label, IGNORE), None if confidence is None else follow(confidence, 0)
 
 
 def batch_scale_crop(images: Tensor, labels: Tensor, confidence: Tensor, crop: tuple[int, int], scale: tuple[float, float],
@@ -707,17 +707,13 @@ def normalise(images: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- what a loader reads
-@dataclass(eq=False)
 class TrainingCrops(Dataset):
     """Random scale and crop of image and label at training resolution, optionally with most of the label hidden.
     An item is asked for by (index, seed), the seed of its draws: a pure function of the two, in whichever worker."""
 
-    source: Source
-    samples: list[Sample]
-    crop: tuple[int, int]
-    scale: tuple[float, float]
-    label_ratio: str | None = None
-    seed: int = 0
+    def __init__(self, source: Source, samples: list[Sample], crop: tuple[int, int], scale: tuple[float, float],
+                 label_ratio: str | None = None, seed: int = 0):
+        self.source, self.samples, self.crop, self.scale, self.label_ratio, self.seed = source, samples, crop, scale, label_ratio, seed
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -733,13 +729,11 @@ class TrainingCrops(Dataset):
         return image, label, index
 
 
-@dataclass(eq=False)
 class EvaluationImages(Dataset):
     """Whole images with their labels, padded where the data set's protocol asks for it."""
 
-    source: Source
-    samples: list[Sample]
-    full_resolution: bool = False
+    def __init__(self, source: Source, samples: list[Sample], full_resolution: bool = False):
+        self.source, self.samples, self.full_resolution = source, samples, full_resolution
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -752,20 +746,14 @@ class EvaluationImages(Dataset):
         return image, label, index
 
 
-@dataclass
 class StepSampler:
     """Batches of (index, seed) for TrainingCrops: images drawn with replacement, as a pure function of (seed, stream,
     step). Every process draws the same global batch and takes its share, so order survives any crash and any
     number of workers."""
 
-    length: int
-    batch_size: int
-    start: int
-    stop: int
-    seed: int
-    stream: int
-    rank: int = 0
-    world: int = 1
+    def __init__(self, length: int, batch_size: int, start: int, stop: int, seed: int, stream: int, rank: int = 0, world: int = 1):
+        self.length, self.batch_size, self.start, self.stop = length, batch_size, start, stop
+        self.seed, self.stream, self.rank, self.world = seed, stream, rank, world
 
     def __len__(self) -> int:
         return self.stop - self.start

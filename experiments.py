@@ -70,13 +70,13 @@ def train(setting: str, method: str, rate: float, seed: int) -> dict:
 
 def main() -> None:
     parser = run.Parser(description=__doc__, formatter_class=run.Formatter)
-    parser.add_argument("--only", metavar="TEXT", help="settings and methods whose name, 'SETTING: METHOD', holds this")
+    parser.add_argument("--only", metavar="TEXT", nargs="+", default=[""], help="settings and methods whose name, 'SETTING: METHOD', ends on or begins with one of these")
     parser.add_argument("--jobs", type=run.positive, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
     args = parser.parse_args()
-    pairs = [(setting, method) for setting, (_, methods) in SETTINGS.items() for method in methods if (args.only or "") in f"{setting}: {method}"]
+    pairs = [(setting, method) for setting, (_, methods) in SETTINGS.items() for method in methods if any(f"{setting}: {method}".startswith(t) or f"{setting}: {method}".endswith(t) for t in args.only)]
     if not pairs:
-        raise data.UserError(f"--only {args.only}: fits none of {', '.join(f'{s}: {m}' for s, (_, ms) in SETTINGS.items() for m in ms)}")
+        raise data.UserError(f"--only {' '.join(args.only)}: fits none of {', '.join(f'{s}: {m}' for s, (_, ms) in SETTINGS.items() for m in ms)}")
     if args.list:
         print("\n".join(f"{setting}: {method}" for setting, method in pairs), f"\neach at rates {RATES} (seed 0), then at the best one for seeds {SEEDS}")
         return

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -146,6 +147,8 @@ def export_onnx(model: nn.Module, classes: list[str], path: Path) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--onnx needs packages that are not installed: pip install {' '.join(missing)}")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--onnx {path}: {path.parent} is no folder that can be written to")
     example = torch.rand(2, 3, 96, 128, device=next(model.parameters()).device)
     try:
         program = torch.onnx.export(Exported(model).eval(), (example,), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False,

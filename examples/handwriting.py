@@ -4,7 +4,7 @@ Writes a `folder` data set of real handwriting, to try the path that your own pi
     $ python examples/handwriting.py dataset/handwriting
     $ accelerate launch train_semi.py --reco --dataset folder --data-path dataset/handwriting --num-labeled 60
 
-Each picture shows one to three of the 1,797 handwritten digits (8x8 pixels) that scikit-learn carries, enlarged,
+Each picture shows two to five of the 1,797 handwritten digits (8x8 pixels) that scikit-learn carries, enlarged,
 slanted and inked onto paper, wood or something blotchy; its label says which pixels are a zero, a one, ... or none.
 No digit is used in both training and validation pictures. The layout is the one to copy for your own data:
 
@@ -65,8 +65,8 @@ def draw_ground(rng, size):
 
 def draw_digit(rng, digit, height):
     """One 8x8 digit (values 0..16) enlarged to about `height` pixels, turned and slanted: float [n, n], 0..16."""
-    n, turn, slant = math.ceil(1.5 * height), rng.uniform(-0.3, 0.3), rng.uniform(-0.25, 0.25)
-    stretch = rng.uniform(0.85, 1.15)
+    n, turn, slant = math.ceil(1.5 * height), rng.uniform(-0.15, 0.15), rng.uniform(-0.12, 0.12)
+    stretch = rng.uniform(0.9, 1.1)
     cos, sin, unit = math.cos(turn), math.sin(turn), 8 / height
     a, b, d, e = unit * stretch * (cos + slant * sin), unit * stretch * (slant * cos - sin), unit * sin, unit * cos
     middle = n / 2  # picture coordinates (u, v) -> digit coordinates; the digit lies in the middle of 12x12
@@ -77,14 +77,14 @@ def draw_digit(rng, digit, height):
 
 def draw_scene(rng, digits, targets, indices, size=64):
     """
-    One to three of the digits `indices` (into digits [N, 8, 8] and targets [N]) on a ground.
+    Two to five of the digits `indices` (into digits [N, 8, 8] and targets [N]) on a ground.
     Returns image uint8 [size, size, 3], label uint8 [size, size] (0 background, 1 + digit), list of the indices used.
     """
     image, base = draw_ground(rng, size)
     label, used = np.zeros((size, size), np.uint8), []
     inks = [ink for ink in INKS if abs(np.mean(ink) - base.mean()) > 70]  # readable on this ground
-    for index in rng.choice(indices, rng.integers(1, 4), replace=False):
-        stroke = draw_digit(rng, digits[index], rng.uniform(0.27, 0.44) * size)
+    for index in rng.choice(indices, rng.integers(2, 6), replace=False):
+        stroke = draw_digit(rng, digits[index], rng.uniform(0.3, 0.42) * size)
         n, ink, mask = len(stroke), np.array(inks[rng.integers(len(inks))]) + rng.uniform(-10, 10, 3), stroke > 5
         ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         stroke, mask = (m[ys[0]:ys[-1] + 1, xs[0]:xs[-1] + 1] for m in (stroke, mask))
