@@ -59,7 +59,7 @@ def blocks(batch: int, size, classes: int) -> torch.Tensor:
 
 
 def peak_memory(device) -> float:
-    """MB: what tensors took on the GPU since the last reset, or the most the process ever took."""
+    """MB: what tensors took on the GPU since the last reset, or, on a CPU, the most the process has taken so far."""
     return torch.cuda.max_memory_allocated(device) / 2 ** 20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -91,7 +91,7 @@ def time_steps(args, accelerator, semi: bool, steps: int) -> dict:
         times.append(dict(clock.parts))
     parts = {part: statistics.median(t.get(part, 0.0) for t in times[3:]) for part in PARTS}
     total = statistics.median(sum(t.values()) for t in times[3:])
-    images = args.batch_size * (2 if semi else 1)
+    images = args.batch_size * (2 if semi else 1) * accelerator.num_processes
     accelerator.free_memory()
     return {"method": args.method, "dataset": args.dataset, "backbone": args.backbone, "images": images, "crop": args.crop_size, "seconds": parts, "step": total,
             "images per second": images / total, "peak memory MB": peak_memory(device), "ReCo share": parts["ReCo"] / total}
@@ -132,7 +132,7 @@ def main() -> None:
         return args
     args = options([])
     accelerator = run.start_accelerator(args)
-    device = accelerator.device
+    device, print = accelerator.device, accelerator.print  # the main process speaks
     results["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{results['device']}, torch {torch.__version__}, precision {accelerator.mixed_precision}{', compiled' if args.compile else ''}")
     if not bench.loss_only:
@@ -148,7 +148,7 @@ def main() -> None:
         row = time_loss(dataset, device, "stratified", bench.steps)
         results["loss"].append(row)
         print(f"{dataset:16s}{'x'.join(map(str, row['rep'])):>20s}{row['classes']:9d}{row['sampling']:>13s}{1000 * row['seconds']:9.1f}")
-    if bench.json:
+    if bench.json and accelerator.is_main_process:
         run.write(Path(bench.json), lambda file: file.write(json.dumps(results, indent=1).encode()))
 
 

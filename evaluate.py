@@ -126,7 +126,7 @@ def evaluation_loader(source: data.Source, samples: list[data.Sample], batch_siz
     same_size = source.name in ("street", "cityscapes") or (source.name in ("pascal", "sun") and not full_resolution)
     mine = range(accelerator.process_index, len(samples), accelerator.num_processes)
     return DataLoader(Subset(images, mine), batch_size=batch_size if same_size else 1, num_workers=num_workers,
-                      pin_memory=accelerator.device.type == "cuda", worker_init_fn=run.quiet_worker)
+                      pin_memory=accelerator.device.type == "cuda")
 
 
 @torch.no_grad()
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="where the results go (default: evaluation-SPLIT.json in the run's folder, or here for a checkpoint)")
     args = parser.parse_args()
     path = Path(args.json or Path(args.run or ".") / f"evaluation-{args.split}.json")
-    if args.json and not os.access(path.parent, os.W_OK):
+    if args.json and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise UserError(f"--json {path}: {path.parent} is no folder that can be written to")
 
     accelerator = Accelerator()

@@ -54,18 +54,22 @@ def train(setting: str, method: str, rate: float, seed: int) -> dict:
     script, *options = METHODS[method]
     words = [*options, *SETTINGS[setting][0], "--lr", f"{rate:g}", "--seed", str(seed), "--iterations", str(STEPS), "--val-interval", str(INTERVAL), "--log-with", "none"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    begun, clock = time.monotonic(), folder / "seconds.json"
+    begun, clock, arguments = time.monotonic(), folder / "seconds.json", " ".join([script, *words])
+    measured = json.loads(clock.read_text()) if clock.exists() else {"arguments": arguments, "seconds": 0}
+    if measured["arguments"] != arguments:
+        raise data.UserError(f"{folder}: was measured with other arguments ({measured['arguments']}); move it away")
     if not (folder / "evaluation-test.json").exists():
         resume = ["--resume"] if (folder / "config.json").exists() else []
         for command in ([script, *words, "--out-dir", folder, *resume], ["evaluate.py", folder, "--split", "test", "--num-workers", "0", "--batch-size", "50"]):
             done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True)
             if done.returncode:
                 raise data.UserError(f"{' '.join(map(str, command))}: failed: {done.stderr.strip().splitlines()[-1]}")
-        before = json.loads(clock.read_text()) if clock.exists() else 0
-        run.write_json(clock, before + time.monotonic() - begun)
+            measured["seconds"] += time.monotonic() - begun
+            begun = time.monotonic()
+            run.write_json(clock, measured)
     history, test = json.loads((folder / "history.json").read_text()), json.loads((folder / "evaluation-test.json").read_text())
     return {"setting": setting, "method": method, "lr": rate, "seed": seed, "validation miou": max(h["miou"] for h in history), "test miou": test["miou"],
-            "test boundary iou": test["boundary_iou"], "seconds": round(json.loads(clock.read_text())), "arguments": " ".join([script, *words]), "history": history}
+            "test boundary iou": test["boundary_iou"], "seconds": round(measured["seconds"]), "arguments": arguments, "history": history}
 
 
 def main() -> None:

@@ -147,7 +147,7 @@ def export_onnx(model: nn.Module, classes: list[str], path: Path) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--onnx needs packages that are not installed: pip install {' '.join(missing)}")
-    if not os.access(path.parent, os.W_OK):
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise UserError(f"--onnx {path}: {path.parent} is no folder that can be written to")
     example = torch.rand(2, 3, 96, 128, device=next(model.parameters()).device)
     try:

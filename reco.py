@@ -26,6 +26,7 @@ For a GPU (not measured): no shape and no branch depends on a tensor's values, s
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 
 EPS = 1e-8  # a shorter vector has no direction: cosine 0, gradient 0
 
@@ -71,7 +72,7 @@ def reco_loss(rep, label, prob, valid, temperature=0.5, num_queries=256, num_neg
         num_valid, num_hard = edge[::2].diff(), hard_end - start               # [C] of this process
 
         # ---- Prototypes: the mean representation of a class over all its valid pixels: the positive key.
-        rows = rep.float().flatten(2).mT                                       # [B, h*w, D], a view if rep is float32
+        rows = rearrange(rep.float(), "b d h w -> b (h w) d")                  # a view if rep is float32
         one_hot = (valid[:, None] & (label[:, None] == torch.arange(C, device=device).view(C, 1, 1))).flatten(2)
         class_sum = torch.bmm(one_hot.float(), rows).sum(0)                    # [C, D]
         counts = torch.zeros(world, 2, C, device=device)                       # float32: exact up to 16.7 million

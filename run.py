@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -32,7 +33,7 @@ from data import UserError
 # train_supervised.py doubles them at the same rate, as in the paper).
 PAPER = dict(backbone="resnet101.tv_in1k", pretrained=True, output_stride=16, decoder_stride=4, channels=256, low_channels=48, rep_dim=256,
              aspp_rates=[6, 12, 18], crop_size=[321], scale=[0.5, 1.5], batch_size=10, lr=2.5e-3, iterations=40_000, val_interval=500,
-             warmup_iterations=0, num_labeled=0, num_workers=min(8, os.cpu_count() or 1))
+             warmup_iterations=0, num_labeled=0, num_workers=None)
 RECIPES = {
     "cityscapes": PAPER | dict(crop_size=[512], scale=[1.0, 1.0], batch_size=2),
     "pascal": PAPER,
@@ -44,13 +45,13 @@ RECIPES = {
                            warmup_iterations=0, num_labeled=20, num_workers=0),
 }
 # What may differ between a run and its resumption without changing the result.
-HARMLESS = {"resume", "out_dir", "num_workers", "save_interval", "log_interval", "log_with", "cache_dir", "data_path", "compile"}
+HARMLESS = {"resume", "out_dir", "num_workers", "save_interval", "log_interval", "log_with", "cache_dir", "data_path"}
 
 
 # ------------------------------------------------------------------------------------------------------------- options
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # one line, without the usage
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the options)")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -91,7 +92,7 @@ def training_parser(description: str, semi: bool) -> Parser:
     add("--crop-size", type=positive, nargs="+", metavar="N", help="training crop, one side or height and width (cityscapes 512, street 64, others 321)")
     add("--scale", type=positive_float, nargs=2, metavar=("MIN", "MAX"), help="random scale of training images (cityscapes 1 1, street 0.8 1.25, others 0.5 1.5)")
     add("--max-size", type=positive, default=1024, metavar="N", help="folder: larger pictures are brought down to this longer side")
-    add("--num-workers", type=natural, help="processes that read images (street: 0, others: the cores, at most 8)")
+    add("--num-workers", type=natural, help="processes that read images, for each loader (street: 0, others: the cores that this process has, at most 8)")
     add("--cache-dir", metavar="DIR", help="keep training-size copies of the images here, written once, reused")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=["reconet", "deeplabv3plus"], default="reconet", help="reconet = DeepLabV3+ with the representation head of ReCo")
@@ -110,8 +111,10 @@ def training_parser(description: str, semi: bool) -> Parser:
     add("--reco-temp", type=positive_float, default=0.5, help="temperature of similarities and of the class-relation graph")
     add("--reco-num-queries", type=positive, default=256, help="queries per class")
     add("--reco-num-negatives", type=positive, default=512, help="negative keys per query")
-    add("--reco-threshold", type=positive_float, default=0.97, help="strong threshold: pixels predicted below it are hard queries; it also sets the weight "
-        "of the unlabelled images. Above 1 every pixel is a query")
+    add("--reco-threshold", type=share, default=0.97, help="strong threshold: pixels predicted below it are hard queries; it also sets the weight "
+        "of the unlabelled images")
+    add("--reco-random-queries", action="store_true", help="ablation: any valid pixel is a query, not the hard ones alone")
+    add("--reco-random-keys", action="store_true", help="ablation: negative keys from the other classes alike, not by the class-relation graph")
     add("--reco-sampling", choices=["stratified", "independent"], default="stratified",
         help="how queries and keys are drawn: same expectation, stratified has less variance; independent is the paper's plain sampling")
     if semi:
@@ -124,7 +127,7 @@ def training_parser(description: str, semi: bool) -> Parser:
     add("--batch-size", type=positive, help="images per step and process" + (": so many labelled and as many unlabelled" if semi else "")
         + (" (cityscapes 2, sun 5, street and folder 8, pascal 10" + (")" if semi else "; without unlabelled images twice that)")))
     add("--lr", type=positive_float, help="base learning rate, used as given (street: 0.4, others: 0.0025; by default it follows the global batch in proportion)")
-    add("--compile", action="store_true", help="torch.compile through Accelerate's dynamo plugin")
+    add("--compile", action="store_true", help="torch.compile the student through Accelerate's dynamo plugin")
     add = parser.add_argument_group("run").add_argument
     add("--out-dir", metavar="DIR", help="the run's folder (default runs/<dataset>-<method>-<labels>-seed<seed>, numbered when taken)")
     add("--resume", action="store_true", help="go on with the run in --out-dir (default: the newest of the default name); options not given are the run's")
@@ -160,6 +163,10 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
         recipe["batch_size"] *= 2
         del recipe["warmup_iterations"]
     args.recipe_batch = recipe["batch_size"]
+    if args.label_ratio or args.labeled_list:
+        recipe["num_labeled"] = 0
+    if recipe["num_workers"] is None:
+        recipe["num_workers"] = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // (2 if semi else 1)))
     if args.init_from:  # the network is that of the run
         recipe |= {k: v for k, v in read_config(Path(args.init_from))["model"].items() if k in recipe and v is not None}
     for name, value in recipe.items():
@@ -182,6 +189,12 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
         idle = [k for k in given if k.startswith("reco_") and not (semi and k == "reco_threshold")]
         if idle:
             raise UserError(f"--{idle[0].replace('_', '-')} has no meaning without --reco")
+    for name, without, there in (("rep_dim", "--model reconet", args.model == "reconet"), ("weak_threshold", "--reco", args.reco),
+                                 ("cache_dir", "a data set on disk", args.dataset != "street"), ("pretrained", "a network that begins here (--init-from brings its weights)", not args.init_from)):
+        if name in given and not there:
+            raise UserError(f"--{name.replace('_', '-')} has no meaning without {without}")
+    if args.batch_size < 2:
+        raise UserError(f"--batch-size {args.batch_size}: batch norm needs two images or more, and mixing a neighbour")
     if "max_size" in given and args.dataset != "folder":
         raise UserError("--max-size has a meaning with --dataset folder alone; the other data sets have a fixed size")
     if semi and args.warmup_iterations >= args.iterations:
@@ -242,7 +255,7 @@ def write(path: Path, writer) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         data.atomic_write(path, writer)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); what stood there before is whole. Mend it, then go on with --resume") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); what stood there before is whole") from None
 
 
 def write_json(path: Path, content) -> None:
@@ -261,7 +274,7 @@ def read_config(folder: Path) -> dict:
     try:
         config = json.loads((folder / "config.json").read_text())
         dataset, classes, colours = config["arguments"]["dataset"], config["classes"], np.asarray(config["palette"], np.uint8)
-        height, width = config["crop_size"]
+        (height, width), _ = config["crop_size"], config["arguments"]["script"]
         if not (config["model"]["num_classes"] == len(classes) and colours.shape == (len(classes), 3) and dataset in data.SOURCES and min(height, width) > 0):
             raise ValueError("its entries contradict one another")
         return config
@@ -345,7 +358,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 def load_checkpoint(folder: Path) -> dict | None:
     """The saved state, or None for a run that was stopped before its first checkpoint."""
     for partial in [*folder.glob(".*.part"), *folder.glob("checkpoint/.*.part")]:  # of a run killed while it wrote
-        partial.unlink()
+        partial.unlink(missing_ok=True)  # every process tries
     path = folder / "checkpoint" / "state.pt"
     return read_torch(path) if path.exists() else None
 
@@ -353,8 +366,11 @@ def load_checkpoint(folder: Path) -> dict | None:
 # ---------------------------------------------------------------------------------------------------------- beginnings
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
     # DDP sends rank 0's batch-norm statistics round at every forward: all processes evaluate and save the same network
-    accelerator = Accelerator(log_with=None if args.log_with == "none" else args.log_with, project_dir=".", dynamo_backend="inductor" if args.compile else None,
+    # a resumed run keeps its precision
+    accelerator = Accelerator(mixed_precision=getattr(args, "mixed_precision", None), log_with=None if args.log_with == "none" else args.log_with, project_dir=".", dynamo_backend="inductor" if args.compile else None,
                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
+    if accelerator.num_processes > 1 and args.reco and args.reco_sampling == "independent":
+        raise UserError("--reco-sampling independent runs on one process only: its keys are too many to exchange")
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -376,7 +392,7 @@ def learning_rate(base: float, step: int, iterations: int) -> float:
 
 def to_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a process holds few images; statistics come from all
+        model = convert_sync_batchnorm(model)  # timm's keeps the activations of its own norm layers. A process holds few images; statistics come from all
     return model.to(accelerator.device, memory_format=torch.channels_last)
 
 
@@ -444,7 +460,7 @@ class Record:
         self.names_labelled, self.begun, self.writer = [s.name for s in labelled], False, None
         self.announce(labelled, unlabelled, partial)
         self.bar = None
-        self.stop = Stop()
+        self.stop, self.stopping = Stop(), 0
         global STARTED
         STARTED = True
 
@@ -459,7 +475,7 @@ class Record:
             write_json(self.folder / "config.json", self.config)
         if args.log_with != "none":
             accelerator.project_configuration.logging_dir = str(self.folder)
-            options = {"tensorboard": {"purge_step": self.step}} if args.log_with == "tensorboard" else {}
+            options = {"tensorboard": {"purge_step": self.step + 1}} if args.log_with == "tensorboard" else {}
             accelerator.init_trackers("tensorboard" if args.log_with == "tensorboard" else "reco", init_kwargs=options)
             self.writer = accelerator.get_tracker("tensorboard", unwrap=True) if args.log_with == "tensorboard" and self.main else None
 
@@ -511,7 +527,7 @@ class Record:
         bad = ~torch.isfinite(values).all()
         if self.first_bad is None:
             self.first_bad, self.bad_parts = torch.full_like(bad, -1, dtype=torch.long), torch.zeros_like(values)
-        if len(values) != len(self.bad_parts):  # the unlabelled images have joined
+        if len(values) != len(self.bad_parts) and int(self.first_bad) < 0:  # once, when the unlabelled images have joined
             self.bad_parts = torch.zeros_like(values)
         news = bad & (self.first_bad < 0)
         self.first_bad = torch.where(news, step, self.first_bad)
@@ -524,17 +540,19 @@ class Record:
         self.bar.update()
         if self.step % self.args.log_interval == 0 or self.step == self.args.iterations:
             self.check_finite()
-            means = {name: (total / times).item() for name, (total, times) in self.sums.items()}
+            means = self.accelerator.reduce(torch.stack([total / times for total, times in self.sums.values()]), "mean")
+            means = dict(zip(self.sums, means.tolist()))
             done = max(times for _, times in self.sums.values())
             seconds, self.since = time.monotonic() - self.since, time.monotonic()
             images = done * self.args.batch_size * self.accelerator.num_processes * len(self.loaders)
             self.bar.set_postfix({name.split("/")[1][:5]: f"{value:.3f}" for name, value in means.items() if name.startswith("loss/")}, refresh=False)
             self.log({**means, "learning rate": rate, "images per second": images / seconds, **({"skipped steps": self.skipped} if self.accelerator.scaler else {})})
             self.sums = {}
-        if self.control:
-            flag = torch.tensor(self.stop.signal)
+        self.stopping = self.stop.signal
+        if self.control:  # all stop at one step, or none
+            flag = torch.tensor(self.stopping)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.control)
-            self.stop.signal = int(flag)
+            self.stopping = int(flag)
 
     def log(self, values: dict) -> None:
         if self.args.log_with != "none":
@@ -560,7 +578,7 @@ class Record:
 
     @property
     def saving_due(self) -> bool:
-        return self.step % self.args.save_interval == 0 or self.step == self.args.iterations or bool(self.stop.signal)
+        return self.step % self.args.save_interval == 0 or self.step == self.args.iterations or bool(self.stopping)
 
     def validate(self, networks: dict[str, nn.Module], shown: dict[str, Tensor]) -> None:
         """Evaluate on every validation image; the first network is the one that is reported and kept when it is the best so far."""
@@ -644,16 +662,18 @@ class Record:
     def save(self, model: nn.Module, optimizer, teacher=None) -> None:
         """The state to go on from. It is the same on every process (see share_buffers), so the main one alone writes."""
         self.check_finite()
+        if not torch.isfinite(torch.stack(torch._foreach_norm(list(model.parameters())))).all():  # the same on every process
+            raise UserError(f"the weights were not finite after step {self.step - 1}, though the losses were; the last good checkpoint is kept. A smaller --lr usually helps")
         if self.main:
             save_checkpoint(self.folder, {"step": self.step, "best": self.best, "history": self.history, "skipped": self.skipped, "model": model.state_dict(),
                                           "optimizer": optimizer.state_dict(), "teacher": teacher.state_dict() if teacher else None,
                                           "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None})
-        if self.stop.signal and self.step < self.args.iterations:
+        if self.stopping and self.step < self.args.iterations:
             self.bar.close()
             self.accelerator.wait_for_everyone()
             self.say(f"stopped at step {self.step} of {self.args.iterations}, saved. Go on with: {resume_command(self.args, self.folder)}")
             self.accelerator.end_training()
-            sys.exit(128 + self.stop.signal)
+            sys.exit(128 + self.stopping)
         self.since = time.monotonic()
 
     def finish(self, network: nn.Module) -> None:
@@ -735,7 +755,7 @@ def launch(main) -> None:
         for bar in list(getattr(tqdm, "_instances", [])):
             bar.close()  # the line stands by itself
         text = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")  # from a loader's process it comes with its traceback
-        if int(os.environ.get("RANK", 0)) == 0 or STARTED:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or STARTED:
             print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
@@ -751,5 +771,6 @@ STARTED = False  # from the first step on every process reports its own errors: 
 
 
 def resume_command(args: argparse.Namespace, folder: Path) -> str:
-    launcher = f"torchrun --nproc_per_node {os.environ['WORLD_SIZE']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
-    return f"{launcher} {args.script} --out-dir {shlex.quote(str(folder))} --resume"
+    launcher = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', 1)}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
+    on_cpu = "ACCELERATE_USE_CPU=1 " if os.environ.get("ACCELERATE_USE_CPU") else ""
+    return f"{on_cpu}{launcher} {args.script} --out-dir {shlex.quote(str(folder))} --resume"

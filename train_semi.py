@@ -15,10 +15,10 @@ from data import IGNORE
 from mixing import mix
 from models import MeanTeacher, upsample
 from reco import reco_loss
-from train_supervised import supervised_loss
+from train_supervised import mean_count, supervised_loss
 
 
-def unsupervised_loss(logits: Tensor, target: Tensor, confidence: Tensor, strong_threshold: float) -> tuple[Tensor, Tensor]:
+def unsupervised_loss(logits: Tensor, target: Tensor, confidence: Tensor, strong_threshold: float, accelerator=None) -> tuple[Tensor, Tensor]:
     """Cross-entropy with pseudo-labels, each image weighted by how sure its teacher is (paper, section 3.3).
 
     logits [B, C, H, W]; target [B, H, W] int64, 255 = ignored; confidence [B, H, W]. eta of an image = its pixels of confidence >=
@@ -27,7 +27,7 @@ def unsupervised_loss(logits: Tensor, target: Tensor, confidence: Tensor, strong
     """
     eta = (confidence >= strong_threshold).sum(dim=(1, 2)) / (target != IGNORE).sum(dim=(1, 2)).clamp_min(1)
     cross_entropy = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
-    return (eta[:, None, None] * cross_entropy).sum() / (cross_entropy > 0).sum().clamp_min(1), eta
+    return (eta[:, None, None] * cross_entropy).sum() / mean_count(cross_entropy > 0, accelerator), eta
 
 
 @torch.no_grad()
@@ -67,10 +67,10 @@ def train_step(step, batch_l, batch_u, student, model, teacher, optimizer, accel
     logits, rep = student(images)  # [2B, C, h, w], [2B, D, h, w]: labelled images first; stride 4
     full = upsample(logits, label_l.shape[-2:])
     full_l, full_u = full[:len(label_l)], full[len(label_l):]
-    loss = supervised = supervised_loss(full_l, label_l)
+    loss = supervised = supervised_loss(full_l, label_l, accelerator)
     parts = {"loss/supervised": supervised.detach()}
     if not warming_up:
-        unsupervised, eta = unsupervised_loss(full_u, label_u, confidence, args.reco_threshold)
+        unsupervised, eta = unsupervised_loss(full_u, label_u, confidence, args.reco_threshold, accelerator)
         loss = loss + unsupervised
         parts |= {"loss/unsupervised": unsupervised.detach(), "teacher/eta": eta.mean(), "teacher/share above weak threshold":
                   (confidence >= args.weak_threshold).float().mean(), "teacher/share above strong threshold": (confidence >= args.reco_threshold).float().mean()}
@@ -88,8 +88,8 @@ def train_step(step, batch_l, batch_u, student, model, teacher, optimizer, accel
                 reco_label_l, valid_l = torch.where(valid_l, label_l, own), valid_l | (sure >= 0.97)
             label = data.shrink_label(torch.cat([reco_label_l, label_u]), size)
             valid = data.shrink_label(torch.cat([valid_l, confidence >= args.weak_threshold]), size)
-        contrast, stats = reco_loss(rep, label, prob, valid & (label != IGNORE), args.reco_temp, args.reco_num_queries, args.reco_num_negatives,
-                                    args.reco_threshold, sampling=args.reco_sampling, return_stats=True)
+        contrast, stats = reco_loss(rep, label, prob, valid & (label != IGNORE), args.reco_temp, args.reco_num_queries, args.reco_num_negatives, 2.0 if args.reco_random_queries else args.reco_threshold,
+                                    sampling=args.reco_sampling, active_keys=not args.reco_random_keys, return_stats=True)
         loss = loss + args.reco_weight * contrast
         parts |= {"loss/reco": contrast.detach(), "reco/classes": stats["num_classes"].float(), "reco/hard pixels": stats["num_hard"].sum().float()}
         shown |= {"queries": stats["queries"], "relation": stats["relation"], "rep_size": rep.shape[-2:]}

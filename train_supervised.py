@@ -15,9 +15,16 @@ from models import upsample
 from reco import reco_loss
 
 
-def supervised_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over the labelled pixels; 0, not NaN, where there are none. logits [B, C, H, W], label [B, H, W] int64, 255 = ignored."""
-    return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") / (label != IGNORE).sum().clamp_min(1)
+def supervised_loss(logits: torch.Tensor, label: torch.Tensor, accelerator=None) -> torch.Tensor:
+    """Mean cross-entropy over the labelled pixels; 0, not NaN, where there are none. logits [B, C, H, W], label [B, H, W] int64, 255 = ignored.
+    With several processes their mean is the loss of the whole batch: each divides by the mean number of labelled pixels."""
+    return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") / mean_count(label != IGNORE, accelerator)
+
+
+def mean_count(mask: torch.Tensor, accelerator=None) -> torch.Tensor:
+    """Number of True pixels, the mean over the processes, at least a thousandth."""
+    count = mask.sum().float()
+    return (accelerator.reduce(count, "mean") if accelerator else count).clamp_min(1e-3)
 
 
 def train_step(batch, student, optimizer, accelerator, args, rng, mark=lambda part: None) -> tuple[dict, dict]:
@@ -32,7 +39,7 @@ def train_step(batch, student, optimizer, accelerator, args, rng, mark=lambda pa
     mark("augmentation")
 
     logits, rep = student(images)  # [B, C, h, w], [B, D, h, w]
-    supervised = supervised_loss(upsample(logits, label.shape[-2:]), label)
+    supervised = supervised_loss(upsample(logits, label.shape[-2:]), label, accelerator)
     parts = {"loss/supervised": supervised.detach()}
     loss = supervised
     shown = {"images": images, "label": label, "confidence": (label != IGNORE).float()}
@@ -41,7 +48,8 @@ def train_step(batch, student, optimizer, accelerator, args, rng, mark=lambda pa
     if args.reco:  # queries and keys from the labelled pixels alone
         small = data.shrink_label(label, rep.shape[-2:])
         contrast, stats = reco_loss(rep, small, logits.detach().softmax(dim=1), small != IGNORE, args.reco_temp, args.reco_num_queries,
-                                    args.reco_num_negatives, args.reco_threshold, sampling=args.reco_sampling, return_stats=True)
+                                    args.reco_num_negatives, 2.0 if args.reco_random_queries else args.reco_threshold,
+                                    sampling=args.reco_sampling, active_keys=not args.reco_random_keys, return_stats=True)
         loss = loss + args.reco_weight * contrast
         parts |= {"loss/reco": contrast.detach(), "reco/classes": stats["num_classes"].float(), "reco/hard pixels": stats["num_hard"].sum().float()}
         shown |= {"queries": stats["queries"], "relation": stats["relation"], "rep_size": rep.shape[-2:]}

@@ -123,3 +123,16 @@ def test_decoder_at_stride_2():
     logits, rep = DeepLabV3Plus(4, "test_resnet", rep_dim=8, pretrained=False, output_stride=8, decoder_stride=2, channels=16, low_channels=8,
                                 aspp_rates=(1, 2, 3))(torch.randn(2, 3, 64, 48))
     assert logits.shape == (2, 4, 32, 24)
+
+
+def test_synchronised_batch_norm_keeps_the_network():
+    """timm's norm layers hold an activation, which torch's own converter drops."""
+    from timm.layers import convert_sync_batchnorm
+    assert run.convert_sync_batchnorm is convert_sync_batchnorm
+    model = DeepLabV3Plus(3, "test_efficientnet", rep_dim=None, pretrained=False, channels=8, low_channels=8).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)[0]
+        model = convert_sync_batchnorm(model)
+        assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())
+        torch.testing.assert_close(model(x)[0], before)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from cli import ROOT, SMALL, check, run_many
+from cli import ROOT, SMALL, check, run_many, run_script
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -125,3 +125,17 @@ def test_a_network_learns(tmp_path):
         check(script, *options, "--dataset", "folder", "--data-path", tree, "--recipe", "street", "--crop-size", "48", "--iterations", "60", "--batch-size", "4", "--lr", "0.1",
               "--val-interval", "60", "--log-with", "none", "--out-dir", tmp_path / script, XDG_CACHE_HOME=str(tmp_path))
         assert json.loads((tmp_path / script / "history.json").read_text())[-1]["miou"] > 0.5
+
+
+def test_partial_labels_of_the_streets_are_on_every_image(tmp_path):
+    """A label ratio must not meet the default number of labelled scenes."""
+    words = ["--iterations", "1", "--batch-size", "2", "--log-with", "none"]
+    (status, out, err), = run_many([["train_semi.py", "--reco", "--reco-random-queries", "--reco-random-keys", "--label-ratio", "p0", *words, "--out-dir", tmp_path / "run"]])
+    assert status == 0, err
+    assert "1000 labelled with p0 partial labels + 1000 unlabelled" in out
+
+
+def test_independent_sampling_of_several_processes_is_refused(tmp_path):
+    done = run_script("train_semi.py", "--reco", "--reco-sampling", "independent", "--iterations", "1", "--out-dir", tmp_path / "run", processes=2)
+    assert done.returncode != 0 and done.stderr.count("--reco-sampling independent runs on one process only") == 1
+    assert not (tmp_path / "run").exists()
