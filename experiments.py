@@ -1,7 +1,7 @@
 """The paper's comparisons on the embedded streets, measured: methods, label budgets, partial labels, at three seeds each.
 
     python experiments.py                        # everything that is missing, two runs at a time with one thread each; stop and go on at will
-    python experiments.py --only "20 labels"     # a part of it
+    python experiments.py --only "20 labels"     # a part of it; also --only "ClassMix + ReCo" or --only "p0: supervised"
     python experiments.py --list                 # what it would run
 
 Same split, same first weights and same number of steps per seed for every method. The learning rate of each method and setting is chosen among
@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -74,11 +75,12 @@ def train(setting: str, method: str, rate: float, seed: int) -> dict:
 
 def main() -> None:
     parser = run.Parser(description=__doc__, formatter_class=run.Formatter)
-    parser.add_argument("--only", metavar="TEXT", nargs="+", default=[""], help="settings and methods whose name, 'SETTING: METHOD', ends on or begins with one of these")
+    parser.add_argument("--only", metavar="TEXT", nargs="+", help="settings, methods, or pairs as --list prints them")
     parser.add_argument("--jobs", type=run.positive, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
     args = parser.parse_args()
-    pairs = [(setting, method) for setting, (_, methods) in SETTINGS.items() for method in methods if any(f"{setting}: {method}".startswith(t) or f"{setting}: {method}".endswith(t) for t in args.only)]
+    pairs = [(setting, method) for setting, (_, methods) in SETTINGS.items() for method in methods
+             if not args.only or {setting, method, f"{setting}: {method}"} & set(args.only)]
     if not pairs:
         raise data.UserError(f"--only {' '.join(args.only)}: fits none of {', '.join(f'{s}: {m}' for s, (_, ms) in SETTINGS.items() for m in ms)}")
     if args.list:
@@ -163,7 +165,6 @@ def draw_streets(setting: str, table: list[dict], methods: list[str], scenes=(3,
         predictions = [evaluate.predict_probabilities(network, data.to_float(image[None], "cpu")).argmax(dim=1)[0] for network in networks]
         pictures = [run.panel(p, height=160) for p in (image, *(run.paint(x, source.palette) for x in (label, *predictions)))]
         columns.append(torch.cat(pictures, dim=1))
-    from PIL import Image
     Image.fromarray(torch.cat(columns, dim=2).permute(1, 2, 0).numpy()).save(DOCS / "streets.png")
 
 

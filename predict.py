@@ -66,12 +66,13 @@ def find_pictures(paths: list[str], out_dir: Path) -> dict[Path, Path]:
 def network_size(config: dict, height: int, width: int) -> tuple[int, int]:
     """The size at which the network sees a picture: the resolution it was trained at, aspect kept. Cityscapes and SUN RGB-D are trained at one size:
     the longer side is brought to theirs, up or down. A folder's images are at most --max-size on the longer side and Pascal's at most 500: larger
-    pictures are brought down. Street scenes have the scale of their pixels: a picture is taken as it is."""
+    pictures are brought down. Street scenes have the scale of their pixels: a picture is taken as it is. A side has 32 pixels or more, so that
+    any backbone can halve it five times."""
     dataset = config["arguments"]["dataset"]
     fixed = {"cityscapes": 1024, "sun": 512}.get(dataset)
     limit = {"pascal": 500, "folder": config["arguments"].get("max_size")}.get(dataset)
     factor = fixed / max(height, width) if fixed else min(1.0, limit / max(height, width)) if limit else 1.0
-    return max(1, round(height * factor)), max(1, round(width * factor))
+    return max(32, round(height * factor)), max(32, round(width * factor))
 
 
 @torch.no_grad()

@@ -11,7 +11,9 @@ from test_evaluate import Constant, Pointwise, load, make_run, script  # noqa: F
 from torch.nn import functional as F
 
 import data
+import models
 import predict
+import run
 import trees
 from evaluate import predict_probabilities
 
@@ -67,7 +69,9 @@ def test_pictures_of_every_kind_and_size(street, script, tmp_path):
         if path.suffix in (".webp", ".tif"):  # small.tif was first
             stem = tmp_path / "out" / {".tif": "small", ".webp": "small.webp"}[path.suffix]
         image = data.read_image(path)
-        confidence, expected = predict_probabilities(model, data.to_float(image[None], "cpu"))[0].max(dim=0)
+        seen = data.resize_image(image, tuple(max(32, n) for n in image.shape[-2:]))
+        prob = predict_probabilities(model, data.to_float(seen[None], "cpu"))
+        confidence, expected = F.interpolate(prob, size=image.shape[-2:], mode="bilinear")[0].max(dim=0)
         mask = mask_of(f"{stem}.png")
         assert np.array_equal(mask, expected.numpy()), path
         assert np.abs(np.asarray(Image.open(f"{stem}_confidence.png")).astype(float) - 255 * confidence.numpy()).max() <= 1
@@ -122,10 +126,11 @@ def test_network_size_is_that_of_training(tmp_path):
     sun = data.load_source("sun", str(trees.sun(tmp_path / "sun", train=1, test=1)))
     own = data.load_source("folder", str(trees.folder(tmp_path / "folder")), 700)
     assert size("cityscapes", 1024, 2048) == cityscapes.training_size(1024, 2048) and size("sun", 480, 640) == sun.training_size(480, 640)
-    for shape in ((3648, 5472), (701, 20), (700, 700), (1, 1), (5, 20_000)):
+    for shape in ((3648, 5472), (701, 40), (700, 700), (32, 33)):
         assert size("folder", *shape, max_size=700) == own.training_size(*shape)
         assert size("street", *shape) == shape
-        assert min(size("cityscapes", *shape)) >= 1 and max(size("cityscapes", *shape)) == 1024
+    for shape in ((3648, 5472), (1, 1), (5, 20_000)):
+        assert min(size("cityscapes", *shape)) >= 32 and max(size("cityscapes", *shape)) == 1024
     assert size("pascal", 375, 500) == (375, 500) and size("pascal", 3000, 4000) == (375, 500)
 
 
@@ -270,3 +275,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(street, script, tmp_path):
         status, text, err = script(predict, *arguments)
         assert status == 2 and err.count("\n") == 1 and err.startswith("predict.py: ") and culprit in err and not text, (arguments, status, text, err)
         assert tree(tmp_path) == before and not (tmp_path / "out").exists(), arguments
+
+
+def test_a_backbone_that_needs_some_pixels(script, tmp_path):
+    folder, source = tmp_path / "run", data.load_source("street", None)
+    shape = dict(num_classes=11, backbone="test_convnext", rep_dim=None, output_stride=32, decoder_stride=4, channels=8, low_channels=8, aspp_rates=[1, 2, 3])
+    run.write_weights(folder, models.DeepLabV3Plus(**shape, pretrained=False))
+    run.write_json(folder / "config.json", {"model": shape, "classes": source.classes, "palette": source.palette, "crop_size": [64, 64], "arguments": {"dataset": "street"}})
+    scene(0, (1, 1)).save(tmp_path / "dot.png")
+    status, out, err = script(predict, folder, tmp_path / "dot.png", "--out-dir", tmp_path / "out")
+    assert status == 0 and mask_of(tmp_path / "out" / "dot.png").shape == (1, 1), err
