@@ -126,7 +126,7 @@ def evaluation_loader(source: data.Source, samples: list[data.Sample], batch_siz
     same_size = source.name in ("street", "cityscapes") or (source.name in ("pascal", "sun") and not full_resolution)
     mine = range(accelerator.process_index, len(samples), accelerator.num_processes)
     return DataLoader(Subset(images, mine), batch_size=batch_size if same_size else 1, num_workers=num_workers,
-                      pin_memory=accelerator.device.type == "cuda")
+                      pin_memory=accelerator.device.type == "cuda", worker_init_fn=run.quiet_worker)
 
 
 @torch.no_grad()

@@ -51,7 +51,8 @@ class DeepLabV3Plus(nn.Module):
             x = upsample(x, [math.ceil(n / self.patch) * self.patch for n in x.shape[-2:]])
         features = self.backbone(x)
         low, high = features[0], self.aspp(features[-1])
-        low = self.low_level(low if tuple(low.shape[-2:]) == tuple(size) else upsample(low, size))
+        same = tuple(low.shape[-2:]) == tuple(size) and not torch.compiler.is_exporting()  # an exported graph is for any size
+        low = self.low_level(low if same else upsample(low, size))
         decoded = torch.cat([low, upsample(high, size)], dim=1)  # [B, low_channels + channels, h, w]
         return self.classifier(decoded), self.representation(decoded) if self.representation is not None else None
 

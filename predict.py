@@ -114,14 +114,6 @@ def resample(prob: Tensor, dim: int, pixels: range, scale: float, start: int) ->
     return torch.lerp(prob.index_select(dim, low), prob.index_select(dim, (low + 1).clamp_max(prob.shape[dim] - 1)), weight)
 
 
-def write(path: Path, writer) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data.atomic_write(path, writer)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
 def write_masks(stem: Path, image: Tensor, label: np.ndarray, confidence: np.ndarray | None, palette) -> None:
     """STEM.png, STEM_overlay.png and, where asked for, STEM_confidence.png."""
     mask = Image.fromarray(label)
@@ -129,7 +121,7 @@ def write_masks(stem: Path, image: Tensor, label: np.ndarray, confidence: np.nda
     overlay = Image.blend(Image.fromarray(image.permute(1, 2, 0).numpy()), mask.convert("RGB"), 0.5)
     grey = [] if confidence is None else [Image.fromarray((confidence.clip(0, 1) * 255).round().astype(np.uint8))]
     for picture, ending in zip([mask, overlay, *grey], ENDINGS):
-        write(Path(f"{stem}{ending}"), lambda file: picture.save(file, "PNG", compress_level=1 if picture is overlay else 6))
+        run.write(Path(f"{stem}{ending}"), lambda file: picture.save(file, "PNG", compress_level=1 if picture is overlay else 6))
 
 
 class Exported(nn.Module):
@@ -158,7 +150,7 @@ def export_onnx(model: nn.Module, classes: list[str], path: Path) -> None:
         raise UserError(f"--onnx {path}: this network cannot be exported ({str(error).strip().splitlines()[0]})") from None
     graph = program.model_proto
     graph.metadata_props.add(key="classes", value=json.dumps(classes))
-    write(path, lambda file: file.write(graph.SerializeToString()))
+    run.write(path, lambda file: file.write(graph.SerializeToString()))
 
 
 def main() -> None:
@@ -168,7 +160,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run")
     parser.add_argument("--dataset", choices=["cityscapes", "pascal", "sun"], help="what the checkpoint was trained on")
     parser.add_argument("--confidence", action="store_true", help="also write the probability of the predicted class as a grey PNG, 255 = 1")
-    parser.add_argument("--suggest", type=run.positive, metavar="N", help="print the N pictures to label next, least certain first, and write them to DIR/suggest.txt; "
+    parser.add_argument("--suggest", type=run.positive, metavar="N", help="print the N pictures to label next, least certain first, those the run was trained on with a label left out, and write them to DIR/suggest.txt; "
                         "the score is the mean over the pixels of 1 - the probability of the predicted class")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored picture")
     parser.add_argument("--scales", type=run.positive_float, nargs="+", default=[1.0], metavar="S", help="average over these scales")
@@ -208,9 +200,12 @@ def main() -> None:
         write_masks(stem, image, label, confidence if args.confidence else None, config["palette"])
         scores.append((1 - float(confidence.mean()), picture))
     if args.suggest and scores:
-        lines = [f"{score:.4f}  {picture}" for score, picture in sorted(scores, key=lambda entry: -entry[0])[:args.suggest]]
+        file = Path(args.run or ".") / "labeled.txt"
+        labelled = set(file.read_text().splitlines()) if args.run and file.exists() else set()  # of the run: they have a label already
+        unsure = sorted((entry for entry in scores if entry[1].stem.removesuffix("_leftImg8bit") not in labelled), key=lambda entry: -entry[0])[:args.suggest]
+        lines = [f"{score:.4f}  {picture}" for score, picture in unsure]
         print("\n".join(lines))
-        write(Path(args.out_dir) / "suggest.txt", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+        run.write(Path(args.out_dir) / "suggest.txt", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
     if targets:
         print(f"{len(scores)} of {len(targets)} pictures: masks NAME.png, NAME_overlay.png{', NAME_confidence.png' if args.confidence else ''}"
               f"{', suggest.txt' if args.suggest and scores else ''} in {args.out_dir}")

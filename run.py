@@ -414,9 +414,11 @@ def new_model(args: argparse.Namespace, source: data.Source, fresh: bool = True)
 
 
 def quiet_worker(_: int) -> None:
+    """A loader's process: one thread, and out of the reach of signals to the whole group. The main process decides, and ends it."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the main process decides
-        signal.signal(number, signal.SIG_IGN)
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler, which the fork brought along
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------- the record

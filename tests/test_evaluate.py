@@ -6,6 +6,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from cli import ROOT, run_script
 from PIL import Image
 from test_models import published_weights
@@ -21,18 +22,18 @@ from data import IGNORE
 from evaluate import Metrics, predict_probabilities, tile_starts
 
 
-def make_run(folder, dataset="street", data_path=None, max_size=1024, seed=0):
+def make_run(folder, dataset="street", data_path=None, max_size=1024, **network):
     """The folder of a run whose small network has random weights, and batch-norm statistics that make it predict many classes."""
     source = data.load_source(dataset, data_path and str(data_path), max_size)
-    torch.manual_seed(seed)
-    shape = dict(num_classes=len(source.classes), backbone="test_resnet", rep_dim=8, output_stride=8, decoder_stride=2, channels=16, low_channels=8, aspp_rates=[1, 2, 3])
+    torch.manual_seed(0)
+    shape = dict(num_classes=len(source.classes), backbone="test_resnet", rep_dim=8, output_stride=8, decoder_stride=2, channels=16, low_channels=8, aspp_rates=[1, 2, 3]) | network
     model = models.DeepLabV3Plus(**shape, pretrained=False)
     images = torch.stack([data.street_scene("train", i)[0] for i in range(8)])
     for _ in range(20):
         model(data.normalise(data.to_float(images, "cpu")))
     run.write_weights(folder, model)
     run.write_json(folder / "config.json", {"model": shape, "classes": source.classes, "palette": source.palette, "crop_size": [48, 48], "arguments":
-                                            {"dataset": dataset, "data_path": data_path and str(data_path), "max_size": max_size}})
+                                            {"script": "train_semi.py", "dataset": dataset, "data_path": data_path and str(data_path), "max_size": max_size}})
     return folder
 
 
@@ -341,7 +342,8 @@ def test_a_broken_file_is_named_whichever_process_meets_it(own, script, tmp_path
     torn = trees.folder(tmp_path / "torn", train=1, val=1, unlabelled=0)
     victim = torn / "images" / "val" / "val_000.png"
     victim.write_bytes(victim.read_bytes()[:100])
-    monkeypatch.setenv("RANK", "1")
+    Accelerator()  # of the one process that this is
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(run, "STARTED", False)
     assert script(evaluate, "nowhere")[2] == ""  # what every process finds, the main one tells
     status, out, err = script(evaluate, own, "--dataset", "folder", "--data-path", torn, "--num-workers", 0)

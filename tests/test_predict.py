@@ -11,9 +11,7 @@ from test_evaluate import Constant, Pointwise, load, make_run, script  # noqa: F
 from torch.nn import functional as F
 
 import data
-import models
 import predict
-import run
 import trees
 from evaluate import predict_probabilities
 
@@ -278,10 +276,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(street, script, tmp_path):
 
 
 def test_a_backbone_that_needs_some_pixels(script, tmp_path):
-    folder, source = tmp_path / "run", data.load_source("street", None)
-    shape = dict(num_classes=11, backbone="test_convnext", rep_dim=None, output_stride=32, decoder_stride=4, channels=8, low_channels=8, aspp_rates=[1, 2, 3])
-    run.write_weights(folder, models.DeepLabV3Plus(**shape, pretrained=False))
-    run.write_json(folder / "config.json", {"model": shape, "classes": source.classes, "palette": source.palette, "crop_size": [64, 64], "arguments": {"dataset": "street"}})
+    folder = make_run(tmp_path / "run", backbone="test_convnext", output_stride=32, decoder_stride=4)
     scene(0, (1, 1)).save(tmp_path / "dot.png")
     status, out, err = script(predict, folder, tmp_path / "dot.png", "--out-dir", tmp_path / "out")
     assert status == 0 and mask_of(tmp_path / "out" / "dot.png").shape == (1, 1), err

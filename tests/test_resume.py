@@ -180,3 +180,14 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(tmp_path):
     done = run_script("train_supervised.py", "--out-dir", folder, "--resume")  # the disk has room again
     assert done.returncode == 0, done.stderr
     assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["step"] == 4
+
+
+def test_an_error_in_a_loader_process_ends_the_run(tmp_path):
+    """The processes of both loaders are still there when it is met; none may keep the run from ending."""
+    tree = trees.cityscapes(tmp_path / "data", size=(32, 64))
+    for image in (tree / "leftImg8bit" / "train").rglob("*.png"):
+        image.write_bytes(image.read_bytes()[:300])
+    done = run_script("train_semi.py", "--dataset", "cityscapes", "--data-path", tree, "--recipe", "street", "--num-workers", "2", "--iterations", "5", "--out-dir",
+                      tmp_path / "run", timeout=90)
+    assert done.returncode == 2 and done.stderr.count("leftImg8bit.png") == 1 and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
