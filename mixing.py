@@ -23,11 +23,10 @@ def mix(images: Tensor, labels: Tensor, confidence: Tensor, strategy: str, fill:
     else:
         raise ValueError(f"mixing strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
     if strategy == "cutout":
-        others = fill if isinstance(fill, float) else fill.to(images), IGNORE, 0.0
-    else:
-        others = images.roll(-1, 0), labels.roll(-1, 0), confidence.roll(-1, 0)  # image b + 1 in the place of b
-    return (torch.where(keep[:, None], images, others[0]), torch.where(keep, labels, others[1]),
-            torch.where(keep, confidence, others[2]))
+        return torch.where(keep[:, None], images, fill), torch.where(keep, labels, IGNORE), torch.where(keep, confidence, 0.0)
+    # image b + 1 in the place of b; a weight of 0 or 1 copies exactly, in half the time of torch.where
+    return (images.roll(-1, 0).lerp_(images, keep[:, None].to(images.dtype)), torch.where(keep, labels, labels.roll(-1, 0)),
+            torch.where(keep, confidence, confidence.roll(-1, 0)))
 
 
 def rectangle_mask(batch: int, height: int, width: int, device="cpu") -> Tensor:
