@@ -41,7 +41,7 @@ RECIPES = {
     "folder": PAPER | dict(batch_size=8),
     # no pretrained weights, 64x64 images: a small network of output stride 8 with a decoder at stride 2, and a higher rate
     "street": PAPER | dict(backbone="test_resnet", pretrained=False, output_stride=8, decoder_stride=2, channels=64, low_channels=24, rep_dim=32,
-                           aspp_rates=[1, 2, 3], crop_size=[64], scale=[0.8, 1.25], batch_size=8, lr=0.4, iterations=3000, val_interval=500,
+                           aspp_rates=[1, 2, 3], crop_size=[64], scale=[0.8, 1.25], batch_size=8, lr=0.2, iterations=3000, val_interval=500,
                            warmup_iterations=0, num_labeled=20, num_workers=0),
 }
 # What may differ between a run and its resumption without changing the result.
@@ -126,7 +126,7 @@ def training_parser(description: str, semi: bool) -> Parser:
     add("--iterations", type=positive, help="training steps (street: 3000, others: 40000)")
     add("--batch-size", type=positive, help="images per step and process" + (": so many labelled and as many unlabelled" if semi else "")
         + (" (cityscapes 2, sun 5, street and folder 8, pascal 10" + (")" if semi else "; without unlabelled images twice that)")))
-    add("--lr", type=positive_float, help="base learning rate, used as given (street: 0.4, others: 0.0025; by default it follows the global batch in proportion)")
+    add("--lr", type=positive_float, help="base learning rate, used as given (street: 0.2, others: 0.0025; by default it follows the global batch in proportion)")
     add("--compile", action="store_true", help="torch.compile the student through Accelerate's dynamo plugin")
     add = parser.add_argument_group("run").add_argument
     add("--out-dir", metavar="DIR", help="the run's folder (default runs/<dataset>-<method>-<labels>-seed<seed>, numbered when taken)")
