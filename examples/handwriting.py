@@ -2,7 +2,8 @@
 Writes a `folder` data set of real handwriting, to try the path that your own pictures will take.
 
     $ python examples/handwriting.py dataset/handwriting
-    $ accelerate launch train_semi.py --reco --dataset folder --data-path dataset/handwriting --num-labeled 60
+    $ accelerate launch train_semi.py --reco --dataset folder --data-path dataset/handwriting --num-labeled 60 \
+          --recipe street --warmup-iterations 600
 
 Each picture shows two to five of the 1,797 handwritten digits (8x8 pixels) that scikit-learn carries, enlarged,
 slanted and inked onto paper, wood or something blotchy; its label says which pixels are a zero, a one, ... or none.
@@ -147,7 +148,7 @@ def main():
     (args.dir / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     print(f"{args.dir}: {args.train} training and {args.val} validation pictures, {args.size}x{args.size}, with labels")
     folder = shlex.quote(str(args.dir))
-    print(f"try: accelerate launch train_semi.py --reco --dataset folder --data-path {folder} --num-labeled 60")
+    print(f"try: accelerate launch train_semi.py --reco --dataset folder --data-path {folder} --num-labeled 60 --recipe street --warmup-iterations 600")
 
 
 if __name__ == "__main__":
