@@ -86,6 +86,8 @@ def test_every_data_set_and_option(tmp_path):
         script, *words = shlex.split(line.replace("CACHE", str(tmp_path / "cache")))
         tree = getattr(trees, words[1])(tmp_path / f"data{i}")
         small = SMALL[:3] + SMALL[-4:] if "street" in words else SMALL
+        if "deeplabv3plus" in words and "--rep-dim" in small:  # has no meaning there
+            small = small[:small.index("--rep-dim")] + small[small.index("--rep-dim") + 2:]
         commands.append([script, *words, "--data-path", tree, *small, "--batch-size", "2", "--iterations", "2", "--val-interval", "1", "--log-with", "none",
                          "--out-dir", tmp_path / f"run{i}"])
     for i, (line, (status, out, err)) in enumerate(zip(EVERYTHING, run_many(commands, XDG_CACHE_HOME=str(tmp_path / "home")))):
