@@ -141,3 +141,26 @@ def test_independent_sampling_of_several_processes_is_refused(tmp_path):
     done = run_script("train_semi.py", "--reco", "--reco-sampling", "independent", "--iterations", "1", "--out-dir", tmp_path / "run", processes=2)
     assert done.returncode != 0 and done.stderr.count("--reco-sampling independent runs on one process only") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_skipped_step_leaves_the_teacher_alone():
+    """fp16: where the gradient scaler finds an overflow it skips the optimiser's step, and the average must not take the student in."""
+    import contextlib
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    import run
+    import train_semi
+    from models import DeepLabV3Plus, MeanTeacher
+    parser = run.training_parser(None, True)
+    parser.prog = "train_semi.py"
+    args = run.parse(parser, True, ["--reco", "--crop-size", "32"])
+    model = DeepLabV3Plus(3, "test_resnet", rep_dim=8, pretrained=False, channels=8, low_channels=8)
+    teacher, optimizer = MeanTeacher(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)
+    for skipped, steps in ((True, 0), (False, 1)):
+        accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext, reduce=lambda x, how: x, backward=lambda loss: loss.backward(),
+                                      optimizer_step_was_skipped=skipped)
+        parts, shown = train_semi.train_step(0, batch, batch, model, model, teacher, optimizer, accelerator, args, False, np.random.default_rng(0))
+        assert teacher.step == steps and torch.isfinite(parts["loss/total"])
