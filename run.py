@@ -369,6 +369,8 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     # a resumed run keeps its precision
     accelerator = Accelerator(mixed_precision=getattr(args, "mixed_precision", None), log_with=None if args.log_with == "none" else args.log_with, project_dir=".", dynamo_backend="inductor" if args.compile else None,
                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # `accelerate launch` allows a CPU run one thread, plain python all
     if accelerator.num_processes > 1 and args.reco and args.reco_sampling == "independent":
         raise UserError("--reco-sampling independent runs on one process only: its keys are too many to exchange")
     if accelerator.device.type == "cuda":
@@ -624,7 +626,8 @@ class Record:
             rows.append(panel(image, paint(label, palette), paint(prediction[0].cpu(), palette), confidence[0].cpu()))
         self.writer.add_image("validation: image | truth | prediction | confidence", stack(rows), self.step)
         rows = []
-        for b in range(min(4, len(shown["images"]))):
+        last = len(shown["images"]) - 1
+        for b in sorted({0, min(1, last), max(last - 1, 0), last}):  # labelled images stand first, unlabelled ones last
             image = denormalise(shown["images"][b].float().cpu())
             row = [image, paint(shown["label"][b].cpu(), palette), shown["confidence"][b].float().cpu()]
             if "queries" in shown:
