@@ -1,5 +1,6 @@
 """What every run needs and no experiment is about: options, the run's folder, checkpoint and resume, logging."""
 import argparse
+import gc
 import io
 import json
 import math
@@ -767,6 +768,7 @@ def launch(main) -> None:
         status = 130
     else:
         return
+    gc.collect()  # the error held the loaders' iterators in a cycle; freed now, they end their processes in order
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(status)  # the others may wait in a collective; the launcher ends them
     sys.exit(status)
