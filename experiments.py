@@ -1,20 +1,23 @@
-"""The paper's comparisons on the embedded streets, measured: methods, label budgets, partial labels, at three seeds each.
+"""The paper's claims on the embedded streets, measured: methods, label budgets, partial labels, sampling; three seeds each.
 
     python experiments.py                        # everything that is missing, two runs at a time with one thread each; stop and go on at will
     python experiments.py --only "20 labels"     # a part of it; also --only "ClassMix + ReCo" or --only "p0: supervised"
-    python experiments.py --list                 # what it would run
+    python experiments.py --list                 # what it would run, and what is there
+    python experiments.py --results docs         # go on from the committed results, and write there
 
-Same split, same first weights and same number of steps per seed for every method. The learning rate of each method and setting is chosen among
-RATES by the validation scenes at seed 0; the table is measured on the test scenes. Supervised runs report the student, the others the teacher, each
-the best of its validations. Writes docs/results.csv (every run, those of the choice of the rate too), docs/results.md and, with matplotlib installed,
-docs/curves.png; docs/streets.png shows images, truth and predictions.
+Same split, same first weights and same number of steps per seed for every method. The learning rate of a method is chosen among RATES by
+the validation scenes at seed 0; the table is measured on the test scenes. Supervised runs report the student, the others the teacher, each the
+best of its validations. Every finished run is a line of results.csv, and is not run again; the folder holds besides results.md and, with
+matplotlib installed, curves.png; streets.png shows images, truth and predictions.
 """
 import csv
+import io
 import json
 import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,145 +30,198 @@ import data
 import evaluate
 import run
 
-STEPS, INTERVAL, SEEDS, RATES = 1500, 250, (0, 1, 2), (0.2, 0.4)
-RUNS, DOCS = Path("runs/experiments"), Path("docs")
+STEPS, INTERVAL, SEEDS, RATES = 1000, 250, (0, 1, 2), (0.2, 0.4)
+RUNS = Path("runs/experiments")
+RECO = ["train_semi.py", "--reco"]
 METHODS = {
     "supervised": ["train_supervised.py"],
     "supervised + ReCo": ["train_supervised.py", "--reco"],
     "CutMix": ["train_semi.py", "--mixing-strategy", "cutmix"],
     "ClassMix": ["train_semi.py"],
-    "ClassMix + ReCo": ["train_semi.py", "--reco"],
+    "ClassMix + ReCo": RECO,
+}
+VARIANTS = {  # of ClassMix + ReCo, at its rate
+    "random queries, random keys": [*RECO, "--reco-random-queries", "--reco-random-keys"],
+    "random queries, active keys": [*RECO, "--reco-random-queries"],
+    "active queries, random keys": [*RECO, "--reco-random-keys"],
+    "32 queries": [*RECO, "--reco-num-queries", "32"],
+    "32 negatives": [*RECO, "--reco-num-negatives", "32"],
+    "independent draws": [*RECO, "--reco-sampling", "independent"],
 }
 SETTINGS = {  # the labels, and the methods compared on them
-    "20 labels": (["--num-labeled", "20"], list(METHODS)),
+    "20 labels": (["--num-labeled", "20"], [*METHODS, *VARIANTS]),
     "100 labels": (["--num-labeled", "100"], list(METHODS)),
     "p0": (["--label-ratio", "p0"], ["supervised", "ClassMix", "ClassMix + ReCo"]),
     "p5": (["--label-ratio", "p5"], ["supervised", "ClassMix", "ClassMix + ReCo"]),
 }
-FIELDS = ["setting", "method", "lr", "seed", "purpose", "validation miou", "test miou", "test boundary iou", "steps to 90 % of ClassMix", "seconds", "arguments"]
+FIELDS = ["setting", "method", "lr", "seed", "purpose", "validation miou", "test miou", "test boundary iou", "steps to 90 % of ClassMix", "seconds", "curve", "arguments"]
+LOCK = threading.Lock()
+
+
+def arguments_of(setting: str, method: str, rate: float, seed: int) -> list[str]:
+    command = METHODS.get(method) or VARIANTS[method]
+    return [*command, *SETTINGS[setting][0], "--lr", f"{rate:g}", "--seed", str(seed), "--iterations", str(STEPS), "--val-interval", str(INTERVAL), "--log-with", "none"]
 
 
 def folder_of(setting: str, method: str, rate: float, seed: int) -> Path:
-    return RUNS / f"{setting}-{method}-lr{rate:g}-seed{seed}".replace(" ", "")
+    return RUNS / f"{setting}-{method}-lr{rate:g}-seed{seed}".replace(" ", "").replace(",", "")
 
 
-def train(setting: str, method: str, rate: float, seed: int) -> dict:
-    """One run with its evaluation on the test scenes, unless it is there already. Returns its row of the CSV."""
-    folder = folder_of(setting, method, rate, seed)
-    script, *options = METHODS[method]
-    words = [*options, *SETTINGS[setting][0], "--lr", f"{rate:g}", "--seed", str(seed), "--iterations", str(STEPS), "--val-interval", str(INTERVAL), "--log-with", "none"]
+def measure(results: Path, setting: str, method: str, rate: float, seed: int) -> dict:
+    """The line of results.csv of a run, which is trained and evaluated on the test scenes unless the line is there already."""
+    words = arguments_of(setting, method, rate, seed)
+    known = {row["arguments"]: row for row in read_results(results)}
+    if " ".join(words) in known:
+        return known[" ".join(words)]
+    folder, begun = folder_of(setting, method, rate, seed), time.monotonic()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    begun, clock, arguments = time.monotonic(), folder / "seconds.json", " ".join([script, *words])
-    measured = json.loads(clock.read_text()) if clock.exists() else {"arguments": arguments, "seconds": 0}
-    if measured["arguments"] != arguments:
-        raise data.UserError(f"{folder}: was measured with other arguments ({measured['arguments']}); move it away")
-    if not (folder / "evaluation-test.json").exists():
-        resume = ["--resume"] if (folder / "config.json").exists() else []
-        for command in ([script, *words, "--out-dir", folder, *resume], ["evaluate.py", folder, "--split", "test", "--num-workers", "0", "--batch-size", "50"]):
-            done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True)
-            if done.returncode:
-                raise data.UserError(f"{' '.join(map(str, command))}: failed: {done.stderr.strip().splitlines()[-1]}")
-            measured["seconds"] += time.monotonic() - begun
-            begun = time.monotonic()
-            run.write_json(clock, measured)
+    goes_on = (folder / "config.json").exists()
+    for command in ([*words, "--out-dir", folder, *(["--resume"] if goes_on else [])], ["evaluate.py", folder, "--split", "test", "--num-workers", "0", "--batch-size", "50"]):
+        done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise data.UserError(f"{' '.join(map(str, command))}: failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
     history, test = json.loads((folder / "history.json").read_text()), json.loads((folder / "evaluation-test.json").read_text())
-    return {"setting": setting, "method": method, "lr": rate, "seed": seed, "validation miou": max(h["miou"] for h in history), "test miou": test["miou"],
-            "test boundary iou": test["boundary_iou"], "seconds": round(measured["seconds"]), "arguments": arguments, "history": history}
+    row = {"setting": setting, "method": method, "lr": f"{rate:g}", "seed": str(seed), "validation miou": f"{max(h['miou'] for h in history):.4f}",
+           "test miou": f"{test['miou']:.4f}", "test boundary iou": f"{test['boundary_iou']:.4f}", "seconds": "" if goes_on else str(round(time.monotonic() - begun)),
+           "curve": " ".join(f"{h['step']}:{h['miou']:.4f}" for h in history), "arguments": " ".join(words)}
+    with LOCK:  # two runs may end together
+        write_results(results, [*read_results(results), row])
+    return row
+
+
+def read_results(results: Path) -> list[dict]:
+    file = results / "results.csv"
+    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+
+
+def write_results(results: Path, rows: list[dict]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, FIELDS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    run.write(results / "results.csv", lambda file: file.write(text.getvalue().encode()))
+
+
+def curve_of(row: dict) -> dict[int, float]:
+    """Validation mIoU by step."""
+    return {int(step): float(value) for step, value in (point.split(":") for point in row["curve"].split())}
 
 
 def main() -> None:
     parser = run.Parser(description=__doc__, formatter_class=run.Formatter)
     parser.add_argument("--only", metavar="TEXT", nargs="+", help="settings, methods, or pairs as --list prints them")
+    parser.add_argument("--results", type=Path, default=RUNS, metavar="DIR", help="where results.csv and the figures are; runs that stand in it are not run again")
     parser.add_argument("--jobs", type=run.positive, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--list", action="store_true", help="print the runs and stop")
+    parser.add_argument("--list", action="store_true", help="print the comparisons with the number of runs that are there, and stop")
     args = parser.parse_args()
-    pairs = [(setting, method) for setting, (_, methods) in SETTINGS.items() for method in methods
-             if not args.only or {setting, method, f"{setting}: {method}"} & set(args.only)]
-    if not pairs:
-        raise data.UserError(f"--only {' '.join(args.only)}: fits none of {', '.join(f'{s}: {m}' for s, (_, ms) in SETTINGS.items() for m in ms)}")
+    pairs = [(setting, method) for setting, (_, methods) in SETTINGS.items() for method in methods]
+    wanted = [pair for pair in pairs if not args.only or {*pair, ": ".join(pair)} & set(args.only)]
+    if not wanted:
+        raise data.UserError(f"--only {' '.join(args.only)}: fits none of {', '.join(map(': '.join, pairs))}")
     if args.list:
-        print("\n".join(f"{setting}: {method}" for setting, method in pairs), f"\neach at rates {RATES} (seed 0), then at the best one for seeds {SEEDS}")
+        there = [(row["setting"], row["method"]) for row in read_results(args.results)]
+        print("\n".join(f"{': '.join(pair):50s} {there.count(pair)} of {len(SEEDS) + (len(RATES) - 1) * (pair[1] in METHODS)} runs" for pair in wanted))
         return
-    rows, bar = [], tqdm(total=len(pairs) * (len(RATES) + len(SEEDS) - 1), unit="run")
+    tuned = sorted({(setting, method if method in METHODS else "ClassMix + ReCo") for setting, method in wanted}, key=pairs.index)  # a variant takes the rate of ReCo
+    bar = tqdm(total=len(tuned) * len(RATES), desc="choice of the rate", unit="run")
 
-    def measure(job) -> dict:
-        row = train(*job)
+    def one(job) -> dict:
+        row = measure(args.results, *job)
         bar.update()
         return row
     with ThreadPoolExecutor(args.jobs) as pool:
-        tuning = list(pool.map(measure, [(*pair, rate, 0) for pair in pairs for rate in RATES]))
-        best = {pair: max((r for r in tuning if (r["setting"], r["method"]) == pair), key=lambda r: r["validation miou"])["lr"] for pair in pairs}
-        final = list(pool.map(measure, [(*pair, best[pair], seed) for pair in pairs for seed in SEEDS if seed]))
+        try:
+            list(pool.map(one, [(*pair, rate, 0) for pair in tuned for rate in RATES]))
+            best = best_rates(read_results(args.results))
+            jobs = [(*pair, best[pair[0], pair[1] if pair[1] in METHODS else "ClassMix + ReCo"], seed) for pair in wanted for seed in SEEDS]
+            bar.close()
+            bar = tqdm(total=len(jobs), desc="the table", unit="run")
+            list(pool.map(one, jobs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     bar.close()
-    for row in tuning + final:
-        row["purpose"] = "table" if row["lr"] == best[row["setting"], row["method"]] else "choice of the rate"
-        rows.append(row)
-    table = [r for r in rows if r["purpose"] == "table"]
-    for row in rows:  # how soon a run is where ClassMix ends
-        ends = [r["history"][-1]["miou"] for r in table if (r["setting"], r["method"], r["seed"]) == (row["setting"], "ClassMix", row["seed"])]
-        row["steps to 90 % of ClassMix"] = next((h["step"] for h in row["history"] if h["miou"] >= 0.9 * ends[0]), "") if ends else ""
-    write_results(rows, table, pairs)
+    report(args.results, pairs)
 
 
-def spread(values: list[float]) -> str:
-    return f"{100 * statistics.mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+def best_rates(rows: list[dict]) -> dict[tuple[str, str], float]:
+    """For each (setting, method) the rate with the best validation mIoU at seed 0."""
+    first = sorted((row for row in rows if row["seed"] == "0"), key=lambda row: float(row["validation miou"]))
+    return {(row["setting"], row["method"]): float(row["lr"]) for row in first}
 
 
-def write_results(rows: list[dict], table: list[dict], pairs: list) -> None:
-    DOCS.mkdir(exist_ok=True)
-    with open(DOCS / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({**row, **{k: f"{row[k]:.4f}" for k in FIELDS if "iou" in k}} for row in rows)
-    lines = ["| setting | method | rate | test mIoU | boundary IoU | steps to 90 % of ClassMix |", "|---|---|---|---|---|---|"]
-    for pair in pairs:
-        runs = [r for r in table if (r["setting"], r["method"]) == pair]
-        steps = [r["steps to 90 % of ClassMix"] for r in runs]
-        lines.append(f"| {pair[0]} | {pair[1]} | {runs[0]['lr']:g} | {spread([r['test miou'] for r in runs])} | {spread([r['test boundary iou'] for r in runs])} | "
-                     f"{', '.join(str(s) if s else 'never' for s in steps)} |")
-    (DOCS / "results.md").write_text("\n".join(lines) + "\n")
+def report(results: Path, pairs: list[tuple[str, str]]) -> None:
+    """Write results.csv with what only the whole tells (purpose, steps to 90 % of ClassMix), results.md and the pictures."""
+    rows = read_results(results)
+    best = best_rates(rows)
+    for row in rows:
+        row["purpose"] = "table" if float(row["lr"]) == best[row["setting"], row["method"]] else "choice of the rate"
+    table = {(row["setting"], row["method"], row["seed"]): row for row in rows if row["purpose"] == "table"}
+    for row in rows:  # how soon a run is where ClassMix of the same seed ends
+        ends = table.get((row["setting"], "ClassMix", row["seed"]))
+        goal = 0.9 * list(curve_of(ends).values())[-1] if ends else 2.0
+        row["steps to 90 % of ClassMix"] = next((step for step, value in curve_of(row).items() if value >= goal), "" if not ends else "never")
+    write_results(results, sorted(rows, key=lambda row: (pairs.index((row["setting"], row["method"])), row["lr"], row["seed"])))
+
+    lines = ["| setting | method | rate | seeds | test mIoU | boundary IoU | steps to 90 % of ClassMix |", "|---|---|---|---|---|---|---|"]
+    for setting, method in pairs:
+        runs = [table[setting, method, str(seed)] for seed in SEEDS if (setting, method, str(seed)) in table]
+        if runs:
+            lines.append(f"| {setting} | {method} | {runs[0]['lr']} | {len(runs)} | {spread(runs, 'test miou')} | {spread(runs, 'test boundary iou')} | "
+                         f"{', '.join(str(row['steps to 90 % of ClassMix']) for row in runs)} |")
+    (results / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    setting = pairs[0][0]
+    draw_curves(results, table)
+    draw_streets(results, {method: float(table["20 labels", method, "0"]["lr"]) for method in ("supervised", "ClassMix", "ClassMix + ReCo") if ("20 labels", method, "0") in table})
+
+
+def spread(runs: list[dict], field: str) -> str:
+    values = [100 * float(row[field]) for row in runs]
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def draw_curves(results: Path, table: dict) -> None:
+    """curves.png: validation mIoU over the steps for each setting, mean and range of the seeds."""
     try:
         import matplotlib
-        matplotlib.use("agg")
-        from matplotlib import pyplot
     except ImportError:
-        print("no figure of the curves: pip install matplotlib")
-    else:
-        pyplot.figure(figsize=(7, 4))
-        for method in [m for s, m in pairs if s == setting]:
-            runs = [r["history"] for r in table if (r["setting"], r["method"]) == (setting, method)]
-            steps = [h["step"] for h in runs[0]]
-            values = [[100 * history[i]["miou"] for history in runs] for i in range(len(steps))]
-            line, = pyplot.plot(steps, [statistics.mean(v) for v in values], label=method)
-            pyplot.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
-        pyplot.xlabel("step")
-        pyplot.ylabel("validation mIoU (mean and range of seeds)")
-        pyplot.title(f"streets, {setting}")
-        pyplot.legend()
-        pyplot.grid(alpha=0.3)
-        pyplot.savefig(DOCS / "curves.png", dpi=120, bbox_inches="tight")
-    draw_streets(setting, table, [m for s, m in pairs if s == setting and m in ("supervised", "ClassMix", "ClassMix + ReCo")])
+        return print("no figure of the curves: pip install matplotlib")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    settings = [s for s in SETTINGS if any(key[0] == s for key in table)]
+    figure, axes = pyplot.subplots(1, len(settings), figsize=(4 * len(settings), 3.6), sharey=True, squeeze=False)
+    for axis, setting in zip(axes[0], settings):
+        for colour, method in enumerate(METHODS):
+            curves = [curve_of(row) for key, row in table.items() if key[:2] == (setting, method)]
+            if curves:
+                steps = sorted(set.intersection(*map(set, curves)))
+                values = [[100 * curve[step] for curve in curves] for step in steps]
+                axis.plot(steps, [statistics.mean(v) for v in values], label=method, color=f"C{colour}")
+                axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.15, color=f"C{colour}")
+        axis.set(title=setting, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("validation mIoU (mean, range of seeds)")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(results / "curves.png", dpi=110, bbox_inches="tight")
 
 
 @torch.no_grad()
-def draw_streets(setting: str, table: list[dict], methods: list[str], scenes=(3, 11, 24, 42, 57, 80)) -> None:
-    """docs/streets.png: rows image, truth and each method's prediction (seed 0) of some test scenes."""
-    source = data.load_source("street", None)
-    networks = [run.build_model(run.read_config(folder)) for folder in (folder_of(setting, m, next(r["lr"] for r in table if (r["setting"], r["method"]) == (setting, m)), 0)
-                                                                        for m in methods)]
-    for network, method in zip(networks, methods):
-        rate = next(r["lr"] for r in table if (r["setting"], r["method"]) == (setting, method))
-        network.load_state_dict(run.read_weights(folder_of(setting, method, rate, 0) / "model.safetensors"))
-        network.eval()
+def draw_streets(results: Path, rates: dict[str, float], scenes=(3, 11, 24, 42, 57, 80)) -> None:
+    """streets.png: image, truth and the prediction of each method (20 labels, seed 0) of some test scenes."""
+    source, networks = data.load_source("street", None), []
+    for method, rate in rates.items():
+        folder = folder_of("20 labels", method, rate, 0)
+        if not (folder / "model.safetensors").exists():
+            return print(f"no picture of the scenes: {folder} is not there")
+        networks.append(run.build_model(run.read_config(folder)).eval())
+        networks[-1].load_state_dict(run.read_weights(folder / "model.safetensors"))
     columns = []
     for i in scenes:
         image, label = source.read(source.test[i])
         predictions = [evaluate.predict_probabilities(network, data.to_float(image[None], "cpu")).argmax(dim=1)[0] for network in networks]
         pictures = [run.panel(p, height=160) for p in (image, *(run.paint(x, source.palette) for x in (label, *predictions)))]
         columns.append(torch.cat(pictures, dim=1))
-    Image.fromarray(torch.cat(columns, dim=2).permute(1, 2, 0).numpy()).save(DOCS / "streets.png")
+    Image.fromarray(torch.cat(columns, dim=2).permute(1, 2, 0).numpy()).save(results / "streets.png")
 
 
 if __name__ == "__main__":
