@@ -30,8 +30,7 @@ import data
 import evaluate
 import run
 
-STEPS, INTERVAL, SEEDS, RATES = 1000, 250, (0, 1, 2), (0.2, 0.4)
-RUNS = Path("runs/experiments")
+SEEDS, RUNS = (0, 1, 2), Path("runs/experiments")
 RECO = ["train_semi.py", "--reco"]
 METHODS = {
     "supervised": ["train_supervised.py"],
@@ -40,6 +39,7 @@ METHODS = {
     "ClassMix": ["train_semi.py"],
     "ClassMix + ReCo": RECO,
 }
+MAIN = ["supervised", "ClassMix", "ClassMix + ReCo"]
 VARIANTS = {  # of ClassMix + ReCo, at its rate
     "random queries, random keys": [*RECO, "--reco-random-queries", "--reco-random-keys"],
     "random queries, active keys": [*RECO, "--reco-random-queries"],
@@ -48,19 +48,31 @@ VARIANTS = {  # of ClassMix + ReCo, at its rate
     "32 negatives": [*RECO, "--reco-num-negatives", "32"],
     "independent draws": [*RECO, "--reco-sampling", "independent"],
 }
-SETTINGS = {  # the labels, and the methods compared on them
-    "20 labels": (["--num-labeled", "20"], [*METHODS, *VARIANTS]),
-    "100 labels": (["--num-labeled", "100"], list(METHODS)),
-    "p0": (["--label-ratio", "p0"], ["supervised", "ClassMix", "ClassMix + ReCo"]),
-    "p5": (["--label-ratio", "p5"], ["supervised", "ClassMix", "ClassMix + ReCo"]),
+# How long, with which network, and the rates to choose from: the quick start's own, and a lighter one (a fifth of the work) for the many runs.
+FULL = dict(steps=1500, rates=(0.2, 0.4), network=[], batch={})
+LIGHT = dict(steps=1000, rates=(0.1, 0.2), network=["--channels", "32", "--low-channels", "16"], batch={"train_semi.py": ["--batch-size", "4"], "train_supervised.py": ["--batch-size", "8"]})
+SETTINGS = {  # the labels, the methods compared on them, how, and the setting whose choice of the rate holds here
+    "20 labels, full length": (["--num-labeled", "20"], MAIN, FULL, "20 labels, full length"),
+    "20 labels": (["--num-labeled", "20"], [*METHODS, *VARIANTS], LIGHT, "20 labels"),
+    "100 labels": (["--num-labeled", "100"], list(METHODS), LIGHT, "20 labels"),
+    "p0": (["--label-ratio", "p0"], [*MAIN, "independent draws"], LIGHT, "p0"),
+    "p5": (["--label-ratio", "p5"], MAIN, LIGHT, "p0"),
 }
+SCENES = "20 labels"  # the setting that the pictures show
+PAIRS = [(setting, method) for setting, (_, methods, *_) in SETTINGS.items() for method in methods]
 FIELDS = ["setting", "method", "lr", "seed", "purpose", "validation miou", "test miou", "test boundary iou", "steps to 90 % of ClassMix", "seconds", "curve", "arguments"]
 LOCK = threading.Lock()
 
 
 def arguments_of(setting: str, method: str, rate: float, seed: int) -> list[str]:
-    command = METHODS.get(method) or VARIANTS[method]
-    return [*command, *SETTINGS[setting][0], "--lr", f"{rate:g}", "--seed", str(seed), "--iterations", str(STEPS), "--val-interval", str(INTERVAL), "--log-with", "none"]
+    (script, *options), (labels, _, how, _) = METHODS.get(method) or VARIANTS[method], SETTINGS[setting]
+    return [script, *options, *labels, *how["network"], *how["batch"].get(script, []), "--lr", f"{rate:g}", "--seed", str(seed), "--iterations", str(how["steps"]),
+            "--val-interval", "250", "--log-with", "none"]
+
+
+def tuned_on(setting: str, method: str) -> tuple[str, str]:
+    """Where the rate of a method is chosen. A variant takes that of ReCo."""
+    return SETTINGS[setting][3], method if method in METHODS else "ClassMix + ReCo"
 
 
 def folder_of(setting: str, method: str, rate: float, seed: int) -> Path:
@@ -114,57 +126,54 @@ def main() -> None:
     parser.add_argument("--jobs", type=run.positive, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--list", action="store_true", help="print the comparisons with the number of runs that are there, and stop")
     args = parser.parse_args()
-    pairs = [(setting, method) for setting, (_, methods) in SETTINGS.items() for method in methods]
-    wanted = [pair for pair in pairs if not args.only or {*pair, ": ".join(pair)} & set(args.only)]
+    wanted = [pair for pair in PAIRS if not args.only or {*pair, ": ".join(pair)} & set(args.only)]
     if not wanted:
-        raise data.UserError(f"--only {' '.join(args.only)}: fits none of {', '.join(map(': '.join, pairs))}")
+        raise data.UserError(f"--only {' '.join(args.only)}: fits none of {', '.join(map(': '.join, PAIRS))}")
+    tuned = sorted({tuned_on(*pair) for pair in wanted}, key=PAIRS.index)
     if args.list:
         there = [(row["setting"], row["method"]) for row in read_results(args.results)]
-        print("\n".join(f"{': '.join(pair):50s} {there.count(pair)} of {len(SEEDS) + (len(RATES) - 1) * (pair[1] in METHODS)} runs" for pair in wanted))
+        print("\n".join(f"{': '.join(pair):50s} {there.count(pair)} of {len(SEEDS) + (len(SETTINGS[pair[0]][2]['rates']) - 1) * (pair in tuned)} runs" for pair in wanted))
         return
-    tuned = sorted({(setting, method if method in METHODS else "ClassMix + ReCo") for setting, method in wanted}, key=pairs.index)  # a variant takes the rate of ReCo
-    bar = tqdm(total=len(tuned) * len(RATES), desc="choice of the rate", unit="run")
+    jobs = [(*pair, rate, 0) for pair in tuned for rate in SETTINGS[pair[0]][2]["rates"]]
+    bar = tqdm(total=len(jobs) + len(wanted) * len(SEEDS), unit="run")
 
-    def one(job) -> dict:
-        row = measure(args.results, *job)
+    def one(job) -> None:
+        measure(args.results, *job)
         bar.update()
-        return row
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            list(pool.map(one, [(*pair, rate, 0) for pair in tuned for rate in RATES]))
-            best = best_rates(read_results(args.results))
-            jobs = [(*pair, best[pair[0], pair[1] if pair[1] in METHODS else "ClassMix + ReCo"], seed) for pair in wanted for seed in SEEDS]
-            bar.close()
-            bar = tqdm(total=len(jobs), desc="the table", unit="run")
             list(pool.map(one, jobs))
+            best = best_rates(read_results(args.results))
+            list(pool.map(one, [(*pair, best[tuned_on(*pair)], seed) for pair in wanted for seed in SEEDS]))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     bar.close()
-    report(args.results, pairs)
+    report(args.results)
 
 
 def best_rates(rows: list[dict]) -> dict[tuple[str, str], float]:
-    """For each (setting, method) the rate with the best validation mIoU at seed 0."""
+    """For each (setting, method) that was tuned the rate with the best validation mIoU at seed 0."""
     first = sorted((row for row in rows if row["seed"] == "0"), key=lambda row: float(row["validation miou"]))
     return {(row["setting"], row["method"]): float(row["lr"]) for row in first}
 
 
-def report(results: Path, pairs: list[tuple[str, str]]) -> None:
+def report(results: Path) -> None:
     """Write results.csv with what only the whole tells (purpose, steps to 90 % of ClassMix), results.md and the pictures."""
     rows = read_results(results)
     best = best_rates(rows)
     for row in rows:
-        row["purpose"] = "table" if float(row["lr"]) == best[row["setting"], row["method"]] else "choice of the rate"
+        row["purpose"] = "table" if float(row["lr"]) == best[tuned_on(row["setting"], row["method"])] else "choice of the rate"
     table = {(row["setting"], row["method"], row["seed"]): row for row in rows if row["purpose"] == "table"}
     for row in rows:  # how soon a run is where ClassMix of the same seed ends
         ends = table.get((row["setting"], "ClassMix", row["seed"]))
-        goal = 0.9 * list(curve_of(ends).values())[-1] if ends else 2.0
-        row["steps to 90 % of ClassMix"] = next((step for step, value in curve_of(row).items() if value >= goal), "" if not ends else "never")
-    write_results(results, sorted(rows, key=lambda row: (pairs.index((row["setting"], row["method"])), row["lr"], row["seed"])))
+        if ends and row["curve"] and ends["curve"]:
+            goal = 0.9 * list(curve_of(ends).values())[-1]
+            row["steps to 90 % of ClassMix"] = next((step for step, value in curve_of(row).items() if value >= goal), "never")
+    write_results(results, sorted(rows, key=lambda row: (PAIRS.index((row["setting"], row["method"])), row["lr"], row["seed"])))
 
     lines = ["| setting | method | rate | seeds | test mIoU | boundary IoU | steps to 90 % of ClassMix |", "|---|---|---|---|---|---|---|"]
-    for setting, method in pairs:
+    for setting, method in PAIRS:
         runs = [table[setting, method, str(seed)] for seed in SEEDS if (setting, method, str(seed)) in table]
         if runs:
             lines.append(f"| {setting} | {method} | {runs[0]['lr']} | {len(runs)} | {spread(runs, 'test miou')} | {spread(runs, 'test boundary iou')} | "
@@ -172,7 +181,7 @@ def report(results: Path, pairs: list[tuple[str, str]]) -> None:
     (results / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     draw_curves(results, table)
-    draw_streets(results, {method: float(table["20 labels", method, "0"]["lr"]) for method in ("supervised", "ClassMix", "ClassMix + ReCo") if ("20 labels", method, "0") in table})
+    draw_streets(results, {method: float(table[SCENES, method, "0"]["lr"]) for method in MAIN if (SCENES, method, "0") in table})
 
 
 def spread(runs: list[dict], field: str) -> str:
@@ -188,11 +197,13 @@ def draw_curves(results: Path, table: dict) -> None:
         return print("no figure of the curves: pip install matplotlib")
     matplotlib.use("agg")
     from matplotlib import pyplot
-    settings = [s for s in SETTINGS if any(key[0] == s for key in table)]
+    settings = [s for s in SETTINGS if any(key[0] == s and row["curve"] for key, row in table.items())]
+    if not settings:
+        return
     figure, axes = pyplot.subplots(1, len(settings), figsize=(4 * len(settings), 3.6), sharey=True, squeeze=False)
     for axis, setting in zip(axes[0], settings):
         for colour, method in enumerate(METHODS):
-            curves = [curve_of(row) for key, row in table.items() if key[:2] == (setting, method)]
+            curves = [curve_of(row) for key, row in table.items() if key[:2] == (setting, method) and row["curve"]]
             if curves:
                 steps = sorted(set.intersection(*map(set, curves)))
                 values = [[100 * curve[step] for curve in curves] for step in steps]
@@ -207,10 +218,10 @@ def draw_curves(results: Path, table: dict) -> None:
 
 @torch.no_grad()
 def draw_streets(results: Path, rates: dict[str, float], scenes=(3, 11, 24, 42, 57, 80)) -> None:
-    """streets.png: image, truth and the prediction of each method (20 labels, seed 0) of some test scenes."""
+    """streets.png: image, truth and the prediction of each method (seed 0) of some test scenes."""
     source, networks = data.load_source("street", None), []
     for method, rate in rates.items():
-        folder = folder_of("20 labels", method, rate, 0)
+        folder = folder_of(SCENES, method, rate, 0)
         if not (folder / "model.safetensors").exists():
             return print(f"no picture of the scenes: {folder} is not there")
         networks.append(run.build_model(run.read_config(folder)).eval())

@@ -41,8 +41,8 @@ RECIPES = {
     "sun": PAPER | dict(batch_size=5),
     "folder": PAPER | dict(batch_size=8),
     # no pretrained weights, 64x64 images: a small network of output stride 8 with a decoder at stride 2, and a higher rate
-    "street": PAPER | dict(backbone="test_resnet", pretrained=False, output_stride=8, decoder_stride=2, channels=32, low_channels=16, rep_dim=32,
-                           aspp_rates=[1, 2, 3], crop_size=[64], scale=[0.8, 1.25], batch_size=4, lr=0.2, iterations=4000, val_interval=500,
+    "street": PAPER | dict(backbone="test_resnet", pretrained=False, output_stride=8, decoder_stride=2, channels=64, low_channels=24, rep_dim=32,
+                           aspp_rates=[1, 2, 3], crop_size=[64], scale=[0.8, 1.25], batch_size=8, lr=0.2, iterations=3000, val_interval=500,
                            warmup_iterations=0, num_labeled=20, num_workers=0),
 }
 # What may differ between a run and its resumption without changing the result.
@@ -101,8 +101,8 @@ def training_parser(description: str, semi: bool) -> Parser:
     add("--pretrained", action=argparse.BooleanOptionalAction, default=None, help="start from timm's ImageNet weights (street: no, others: yes)")
     add("--output-stride", type=int, choices=[8, 16, 32], help="of the deepest features (street: 8, others: 16)")
     add("--decoder-stride", type=int, choices=[2, 4, 8], help="of the decoder and of the representation (street: 2, others: 4)")
-    add("--channels", type=positive, help="width of the ASPP and the heads (street: 32, others: 256)")
-    add("--low-channels", type=positive, help="width of the projected low-level features (street: 16, others: 48)")
+    add("--channels", type=positive, help="width of the ASPP and the heads (street: 64, others: 256)")
+    add("--low-channels", type=positive, help="width of the projected low-level features (street: 24, others: 48)")
     add("--rep-dim", type=positive, help="channels of the representation (street: 32, others: 256)")
     add("--aspp-rates", type=positive, nargs=3, metavar="R", help="atrous rates (street: 1 2 3, others: 6 12 18)")
     add("--init-from", metavar="RUN", help="start from the weights of a finished run (of the same classes) instead of the backbone's")
@@ -124,9 +124,9 @@ def training_parser(description: str, semi: bool) -> Parser:
         add("--weak-threshold", type=share, default=0.7, help="pseudo-labels of at least this confidence join ReCo")
         add("--warmup-iterations", type=natural, help="supervised steps before the unlabelled images join (0; needed where a teacher from random weights never starts)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--iterations", type=positive, help="training steps (street: 4000, others: 40000)")
+    add("--iterations", type=positive, help="training steps (street: 3000, others: 40000)")
     add("--batch-size", type=positive, help="images per step and process" + (": so many labelled and as many unlabelled" if semi else "")
-        + (" (cityscapes 2, street 4, sun 5, folder 8, pascal 10" + (")" if semi else "; without unlabelled images twice that)")))
+        + (" (cityscapes 2, sun 5, street and folder 8, pascal 10" + (")" if semi else "; without unlabelled images twice that)")))
     add("--lr", type=positive_float, help="base learning rate, used as given (street: 0.2, others: 0.0025; by default it follows the global batch in proportion)")
     add("--compile", action="store_true", help="torch.compile the student through Accelerate's dynamo plugin")
     add = parser.add_argument_group("run").add_argument
