@@ -135,7 +135,7 @@ def training_parser(description: str, semi: bool) -> Parser:
     add("--val-interval", type=positive, help="steps between validations")
     add("--save-interval", type=positive, help="steps between checkpoints (default: the validation interval)")
     add("--log-interval", type=positive, default=25, help="steps between points in the curves")
-    add("--log-with", default="tensorboard", metavar="NAME", help="a tracker that Accelerate knows, or none")
+    add("--log-with", default="tensorboard", metavar="NAME", help="a tracker that Accelerate knows (the pictures go to TensorBoard alone), or none")
     return parser
 
 
@@ -480,9 +480,11 @@ class Record:
             write_json(self.folder / "config.json", self.config)
         if args.log_with != "none":
             accelerator.project_configuration.logging_dir = str(self.folder)
-            options = {"tensorboard": {"purge_step": self.step + 1}} if args.log_with == "tensorboard" else {}
-            accelerator.init_trackers("tensorboard" if args.log_with == "tensorboard" else "reco", init_kwargs=options)
-            self.writer = accelerator.get_tracker("tensorboard", unwrap=True) if args.log_with == "tensorboard" and self.main else None
+            if args.log_with == "tensorboard":
+                accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
+                self.writer = accelerator.get_tracker("tensorboard", unwrap=True) if self.main else None
+            else:
+                accelerator.init_trackers("reco", config=self.plain_arguments)
 
     def say(self, text: str) -> None:
         if self.main:
@@ -496,15 +498,16 @@ class Record:
         images = f"{len(labelled)} labelled{kind}" + (f" + {len(unlabelled)} unlabelled" if unlabelled is not None else "") + f", {len(source.val)} validation images"
         batch = args.batch_size * processes
         recipe = "" if args.lr_given or batch == args.recipe_batch else f" = {args.lr:g} x {batch}/{args.recipe_batch}, in proportion to the batch; --lr overrides"
-        self.say(f"{source.name}: {images}, {len(source.classes)} classes | {args.method}, {args.model} on {model['backbone']}, {self.parameters / 1e6:.1f} M parameters | "
+        self.say(f"{source.name}: {images}, {len(source.classes)} classes | {args.method}, {args.model} on {model['backbone']}, {self.config['parameters'] / 1e6:.1f} M parameters | "
                  f"{accelerator.device.type} x {processes}, precision {accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}"
                  f"{', SyncBatchNorm' if processes > 1 and accelerator.device.type == 'cuda' else ''} | "
                  f"global batch {batch}{' + ' + str(batch) if unlabelled is not None else ''}, learning rate {self.base_rate:g}{recipe} | writes to {self.folder}"
                  + (f" | goes on at step {self.step} of {args.iterations}" if args.resume else ""))
 
     @property
-    def parameters(self) -> int:
-        return self.config["parameters"]
+    def plain_arguments(self) -> dict:
+        """What trackers take: no lists, no None."""
+        return {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
 
     def loader(self, samples: list[data.Sample], stream: int, scale: tuple[float, float]) -> DataLoader:
         """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index) for the steps that remain."""
@@ -687,8 +690,7 @@ class Record:
             self.bar.close()
         self.embedding(network)
         if self.writer:
-            plain = {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
-            self.writer.add_hparams(plain, {"hparam/miou": self.best["miou"], "hparam/boundary_iou": self.best["boundary_iou"]}, run_name=".")
+            self.writer.add_hparams(self.plain_arguments, {"hparam/miou": self.best["miou"], "hparam/boundary_iou": self.best["boundary_iou"]}, run_name=".")
         if self.best:
             self.say(evaluate.table(self.best, self.source.classes))
             self.say(f"best validation mIoU {100 * self.best['miou']:.2f} at step {self.best['step']} of {self.args.iterations}; weights in {self.folder / 'model.safetensors'}\n"
