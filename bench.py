@@ -70,7 +70,7 @@ def time_steps(args, accelerator, semi: bool, steps: int) -> dict:
     model, _ = run.new_model(args, source)
     model = run.to_device(model, accelerator)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    teacher = MeanTeacher(model)
+    teacher = MeanTeacher(model, compiled=args.compile)
     student, optimizer = accelerator.prepare(model, optimizer)
     student.train()
     clock, times = Clock(device), []

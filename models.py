@@ -139,11 +139,12 @@ class MeanTeacher:
 
     Only parameters are averaged. The batch-norm statistics are the teacher's own: it runs in train mode while it
     labels, in eval mode when it is evaluated. Decay at update t = 0, 1, ... is min(1 - 1/(t + 1), `decay`), so the
-    first update copies the student.
+    first update copies the student. `label` is `model` as it labels a batch, compiled on request; `model` is what is evaluated and saved.
     """
 
-    def __init__(self, student: nn.Module, decay: float = 0.99):
+    def __init__(self, student: nn.Module, decay: float = 0.99, compiled: bool = False):
         self.model = copy.deepcopy(student).requires_grad_(False).train()
+        self.label = torch.compile(self.model) if compiled else self.model
         self.decay, self.step = decay, 0
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ import data
 import evaluate
 import models
 from data import UserError
+from mixing import STRATEGIES
 
 # Defaults by data set. lr is for `batch_size` images per step (the labelled ones; train_semi.py adds as many unlabelled,
 # train_supervised.py doubles them at the same rate, as in the paper).
@@ -120,7 +121,7 @@ def training_parser(description: str, semi: bool) -> Parser:
         help="how queries and keys are drawn: same expectation, stratified has less variance; independent is the paper's plain sampling")
     if semi:
         add = parser.add_argument_group("mean teacher and mixing").add_argument
-        add("--mixing-strategy", choices=["cutout", "cutmix", "classmix"], default="classmix", help="how unlabelled images are mixed")
+        add("--mixing-strategy", choices=STRATEGIES, default="classmix", help="how unlabelled images are mixed")
         add("--weak-threshold", type=share, default=0.7, help="pseudo-labels of at least this confidence join ReCo")
         add("--warmup-iterations", type=natural, help="supervised steps before the unlabelled images join (0; needed where a teacher from random weights never starts)")
     add = parser.add_argument_group("optimisation").add_argument
@@ -128,7 +129,7 @@ def training_parser(description: str, semi: bool) -> Parser:
     add("--batch-size", type=positive, help="images per step and process" + (": so many labelled and as many unlabelled" if semi else "")
         + (" (cityscapes 2, sun 5, street and folder 8, pascal 10" + (")" if semi else "; without unlabelled images twice that)")))
     add("--lr", type=positive_float, help="base learning rate, used as given (street: 0.2, others: 0.0025; by default it follows the global batch in proportion)")
-    add("--compile", action="store_true", help="torch.compile the student through Accelerate's dynamo plugin")
+    add("--compile", action="store_true", help="torch.compile the student (through Accelerate's dynamo plugin) and the teacher")
     add = parser.add_argument_group("run").add_argument
     add("--out-dir", metavar="DIR", help="the run's folder (default runs/<dataset>-<method>-<labels>-seed<seed>, numbered when taken)")
     add("--resume", action="store_true", help="go on with the run in --out-dir (default: the newest of the default name); options not given are the run's")

@@ -34,7 +34,7 @@ def unsupervised_loss(logits: Tensor, target: Tensor, confidence: Tensor, strong
 def pseudo_label(teacher: MeanTeacher, images: Tensor, known: Tensor | None, accelerator) -> tuple[Tensor, Tensor]:
     """The teacher's argmax and its probability, [B, H, W] each, at full resolution; known pixels ([B, H, W], 255 = unknown) overwrite them."""
     with accelerator.autocast():
-        logits, _ = teacher.model(data.normalise(images))
+        logits, _ = teacher.label(data.normalise(images))
     confidence, label = upsample(logits.float(), images.shape[-2:]).softmax(dim=1).max(dim=1)
     if known is not None:
         label = torch.where(known != IGNORE, known, label)
@@ -122,7 +122,7 @@ def main() -> None:
     model, config = run.new_model(args, source, fresh=state is None)
     model = run.to_device(model, accelerator)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    teacher = MeanTeacher(model)  # a copy of the bare network
+    teacher = MeanTeacher(model, compiled=args.compile)  # a copy of the bare network
     student, optimizer = accelerator.prepare(model, optimizer)  # student: `model`, wrapped
     record = run.Record(args, accelerator, folder, source, config, labelled, unlabelled, partial, state)
     if state:
