@@ -485,7 +485,7 @@ def published_split(source: Source, path: str) -> list[Sample]:
 
 def check_folder(source: Source, quiet: bool = True) -> bool:
     """Read every file of a user's own data once (then it is remembered) and raise UserError for what cannot be used. True where the labels are
-    sparse: the median one covers less than half of its pixels, so they count as partial."""
+    sparse: a quarter of them or more cover less than half of their pixels, so all count as partial."""
     entries = dict(zip(source.train + source.val, label_index(source, source.train + source.val, quiet)))
     labelled = {sample: entry for sample, entry in entries.items() if sample.label}
     absent = set(range(len(source.classes))).difference(*(entry["classes"] for entry in labelled.values()))
@@ -494,7 +494,7 @@ def check_folder(source: Source, quiet: bool = True) -> bool:
         raise UserError(f"{void.label}: like all other labels it holds nothing but 0 and 255, as a 0/255 mask; 255 means not labelled, so use 0/1")
     if absent and not quiet:
         note(f"no label holds {', '.join(source.classes[c] for c in sorted(absent)[:5])}{' ...' if len(absent) > 5 else ''}, which classes.txt names")
-    return float(np.median([entries[s]["share"] for s in source.train if s.label])) < 0.5
+    return bool(np.mean([entries[s]["share"] < 0.5 for s in source.train if s.label]) >= 0.25)
 
 
 def divide(source: Source, num_labeled: int, label_ratio: str | None, labeled_list: str | None, seed: int,

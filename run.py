@@ -106,7 +106,7 @@ def training_parser(description: str, semi: bool) -> Parser:
     add("--low-channels", type=positive, help="width of the projected low-level features (street: 24, others: 48)")
     add("--rep-dim", type=positive, help="channels of the representation (street: 32, others: 256)")
     add("--aspp-rates", type=positive, nargs=3, metavar="R", help="atrous rates (street: 1 2 3, others: 6 12 18)")
-    add("--init-from", metavar="RUN", help="start from the weights of a finished run (of the same classes) instead of the backbone's")
+    add("--init-from", metavar="RUN", help="start from the weights of a finished run (of the same classes), by default at a tenth of the rate; they stay the run's model until others are better")
     add = parser.add_argument_group("regional contrast (ReCo)").add_argument
     add("--reco", action="store_true", help="add the regional contrast loss")
     add("--reco-weight", type=non_negative, default=1.0, help="its weight")
@@ -171,6 +171,7 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
         recipe["num_workers"] = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // (2 if semi else 1)))
     if args.init_from:  # the network is that of the run
         recipe |= {k: v for k, v in read_config(Path(args.init_from))["model"].items() if k in recipe and v is not None}
+        recipe["lr"] /= 10  # the full rate would undo what the weights know
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -589,8 +590,10 @@ class Record:
     def saving_due(self) -> bool:
         return self.step % self.args.save_interval == 0 or self.step == self.args.iterations or bool(self.stopping)
 
-    def validate(self, networks: dict[str, nn.Module], shown: dict[str, Tensor]) -> None:
+    def validate(self, networks: dict[str, nn.Module], shown: dict[str, Tensor] = {}) -> None:
         """Evaluate on every validation image; the first network is the one that is reported and kept when it is the best so far."""
+        if not self.begun:
+            self.begin()
         self.check_finite()
         entry = {"step": self.step}
         for name, network in networks.items():
@@ -630,15 +633,15 @@ class Record:
             network.train()
             rows.append(panel(image, paint(label, palette), paint(prediction[0].cpu(), palette), confidence[0].cpu()))
         self.writer.add_image("validation: image | truth | prediction | confidence", stack(rows), self.step)
-        rows = []
-        last = len(shown["images"]) - 1
-        for b in sorted({0, min(1, last), max(last - 1, 0), last}):  # labelled images stand first, unlabelled ones last
-            image = denormalise(shown["images"][b].float().cpu())
-            row = [image, paint(shown["label"][b].cpu(), palette), shown["confidence"][b].float().cpu()]
-            if "queries" in shown:
-                row.append(mark_queries(image, shown["queries"], shown["rep_size"], b, shown["label"][b].cpu(), palette))
-            rows.append(panel(*row))
-        self.writer.add_image("training: image | (pseudo-)label | confidence | queries of ReCo", stack(rows), self.step)
+        if shown:
+            rows, last = [], len(shown["images"]) - 1
+            for b in sorted({0, min(1, last), max(last - 1, 0), last}):  # labelled images stand first, unlabelled ones last
+                image = denormalise(shown["images"][b].float().cpu())
+                row = [image, paint(shown["label"][b].cpu(), palette), shown["confidence"][b].float().cpu()]
+                if "queries" in shown:
+                    row.append(mark_queries(image, shown["queries"], shown["rep_size"], b, shown["label"][b].cpu(), palette))
+                rows.append(panel(*row))
+            self.writer.add_image("training: image | (pseudo-)label | confidence | queries of ReCo", stack(rows), self.step)
         confusion = torch.tensor(self.history[-1]["confusion"]).float()
         self.writer.add_image("confusion (row: truth)", heat_map(confusion / confusion.sum(1, keepdim=True).clamp_min(1), names), self.step)
         if "relation" in shown:

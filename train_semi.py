@@ -131,6 +131,8 @@ def main() -> None:
     loader_u = record.loader(unlabelled, stream=1, scale=(1.0, 1.0))
 
     student.train()
+    if args.init_from and not state:
+        record.validate({"teacher": teacher.model, "student": model})  # what the run starts from is its model until others are better
     for step, (batch_l, batch_u) in enumerate(zip(loader_l, loader_u), start=record.step):
         rate = run.learning_rate(record.base_rate, step, args.iterations)
         for group in optimizer.param_groups:

@@ -84,6 +84,8 @@ def main() -> None:
     loader = record.loader(labelled, stream=0, scale=tuple(args.scale))
 
     student.train()
+    if args.init_from and not state:
+        record.validate({"student": model})  # what the run starts from is its model until others are better
     for step, batch in enumerate(loader, start=record.step):
         rate = run.learning_rate(record.base_rate, step, args.iterations)
         for group in optimizer.param_groups:

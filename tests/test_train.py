@@ -10,6 +10,7 @@ from cli import ROOT, SMALL, check, run_many, run_script
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import run
 import trees
 
 SHORT = ["--iterations", "4", "--val-interval", "2", "--log-interval", "2"]
@@ -102,6 +103,21 @@ def test_sparse_masks_switch_partial_labels_on(tmp_path):
     out = check("train_semi.py", "--dataset", "folder", "--data-path", tree, *SMALL, "--reco", "--batch-size", "2", "--iterations", "2", "--log-with", "none",
                 "--out-dir", tmp_path / "run", XDG_CACHE_HOME=str(tmp_path))
     assert "sparse masks" in out
+
+
+def test_going_on_from_a_run(tmp_path):
+    """--init-from: a tenth of the rate by default, and the weights stay the run's model until others are better."""
+    tree = trees.folder(tmp_path / "data", train=4, val=2, unlabelled=4)
+    common = ["--dataset", "folder", "--data-path", tree, "--crop-size", "48", "--num-workers", "0", "--log-with", "none"]
+    check("train_supervised.py", *common, *SMALL, "--lr", "0.1", "--iterations", "20", "--val-interval", "20", "--out-dir", tmp_path / "first", XDG_CACHE_HOME=str(tmp_path))
+    first = load_file(tmp_path / "first" / "model.safetensors")
+    for script in ("train_supervised.py", "train_semi.py"):  # a rate that ruins everything
+        check(script, *common, "--init-from", tmp_path / "first", "--lr", "9", "--iterations", "1", "--out-dir", tmp_path / script, XDG_CACHE_HOME=str(tmp_path))
+        second, history = load_file(tmp_path / script / "model.safetensors"), json.loads((tmp_path / script / "history.json").read_text())
+        assert [entry["step"] for entry in history] == [0, 1] and history[0]["miou"] > history[1]["miou"]
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    parser = run.training_parser("", semi=True)
+    assert run.parse(parser, True, ["--init-from", str(tmp_path / "first")]).lr == pytest.approx(run.RECIPES["street"]["lr"] / 10)
 
 
 @pytest.mark.parametrize("script", ["train_supervised.py", "train_semi.py"])
