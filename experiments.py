@@ -58,7 +58,7 @@ SETTINGS = {  # the labels, the methods compared on them, how, and the setting w
     "p0": (["--label-ratio", "p0"], [*MAIN, "independent draws"], LIGHT, "p0"),
     "p5": (["--label-ratio", "p5"], MAIN, LIGHT, "p0"),
 }
-SCENES = "20 labels"  # the setting that the pictures show
+SCENES = "20 labels, full length"  # the setting that streets.png shows
 PAIRS = [(setting, method) for setting, (_, methods, *_) in SETTINGS.items() for method in methods]
 FIELDS = ["setting", "method", "lr", "seed", "purpose", "validation miou", "test miou", "test boundary iou", "steps to 90 % of ClassMix", "seconds", "curve", "arguments"]
 LOCK = threading.Lock()
@@ -220,6 +220,8 @@ def draw_curves(results: Path, table: dict) -> None:
 def draw_streets(results: Path, rates: dict[str, float], scenes=(3, 11, 24, 42, 57, 80)) -> None:
     """streets.png: image, truth and the prediction of each method (seed 0) of some test scenes."""
     source, networks = data.load_source("street", None), []
+    if not rates:
+        return
     for method, rate in rates.items():
         folder = folder_of(SCENES, method, rate, 0)
         if not (folder / "model.safetensors").exists():

@@ -14,6 +14,7 @@ def test_measures_resumes_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(experiments.LIGHT, "steps", 2)
     monkeypatch.setitem(experiments.LIGHT, "rates", (0.2,))
     monkeypatch.setattr(experiments, "SEEDS", (0,))
+    monkeypatch.setattr(experiments, "SCENES", "20 labels")
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
     monkeypatch.setattr("sys.argv", ["experiments.py", "--results", str(tmp_path / "results"), "--only", *ONLY])
     experiments.main()
