@@ -123,6 +123,7 @@ def training_parser(description: str, semi: bool) -> Parser:
         add = parser.add_argument_group("mean teacher and mixing").add_argument
         add("--mixing-strategy", choices=STRATEGIES, default="classmix", help="how unlabelled images are mixed")
         add("--weak-threshold", type=share, default=0.7, help="pseudo-labels of at least this confidence join ReCo")
+        add("--joint-forward", action="store_true", help="labelled and unlabelled images pass the student together: fewer kernels, common batch-norm statistics, lower mIoU where it was measured")
         add("--warmup-iterations", type=natural, help="supervised steps before the unlabelled images join (0; needed where a teacher from random weights never starts)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--iterations", type=positive, help="training steps (street: 3000, others: 40000)")
@@ -156,7 +157,7 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
                      if k not in HARMLESS and normal(saved.get(k), k) != normal(given[k], k)]
         if differing:
             raise UserError(f"--resume {folder}: {', '.join(differing)} would change the result; leave it out, or start a new run")
-        args = argparse.Namespace(**{**saved, **{k: v for k, v in given.items() if k in HARMLESS}, "out_dir": str(folder), "resume": True})
+        args = argparse.Namespace(**{**vars(args), **saved, **{k: v for k, v in given.items() if k in HARMLESS}, "out_dir": str(folder), "resume": True})
         return args
 
     args.script, args.lr_given = parser.prog, args.lr is not None

@@ -64,7 +64,12 @@ def train_step(step, batch_l, batch_u, student, model, teacher, optimizer, accel
     images = data.normalise(images)
     mark("augmentation")
 
-    logits, rep = student(images)  # [2B, C, h, w], [2B, D, h, w]: labelled images first; stride 4
+    # [2B, C, h, w], [2B, D, h, w]: labelled images first; stride 4
+    if warming_up or args.joint_forward:
+        logits, rep = student(images)
+    else:  # each with its own batch-norm statistics
+        passes = zip(student(images[:len(label_l)]), student(images[len(label_l):]))
+        logits, rep = (None if outputs[0] is None else torch.cat(outputs) for outputs in passes)
     full = upsample(logits, label_l.shape[-2:])
     full_l, full_u = full[:len(label_l)], full[len(label_l):]
     loss = supervised = supervised_loss(full_l, label_l, accelerator)

@@ -120,9 +120,9 @@ def test_going_on_from_a_run(tmp_path):
     assert run.parse(parser, True, ["--init-from", str(tmp_path / "first")]).lr == pytest.approx(run.RECIPES["street"]["lr"] / 10)
 
 
-@pytest.mark.parametrize("script", ["train_supervised.py", "train_semi.py"])
-def test_two_processes(script, tmp_path):
-    out = check(script, "--reco", "--iterations", "3", "--val-interval", "3", "--batch-size", "2", "--num-workers", "1", "--out-dir", tmp_path / "run", processes=2)
+@pytest.mark.parametrize("script, options", [("train_supervised.py", []), ("train_semi.py", []), ("train_semi.py", ["--joint-forward"])])
+def test_two_processes(script, options, tmp_path):
+    out = check(script, *options, "--reco", "--iterations", "3", "--val-interval", "3", "--batch-size", "2", "--num-workers", "1", "--out-dir", tmp_path / "run", processes=2)
     assert "cpu x 2" in out and "global batch 4" in out and out.count("best validation mIoU") == 1  # the other process is quiet
     assert json.loads((tmp_path / "run" / "config.json").read_text())["arguments"]["processes"] == 2
     confusion = torch.tensor(json.loads((tmp_path / "run" / "history.json").read_text())[-1]["confusion"])
