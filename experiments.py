@@ -5,7 +5,7 @@
     python experiments.py --list                 # what it would run, and what is there
     python experiments.py --results docs         # go on from the committed results, and write there
 
-Same split, same first weights and same number of steps per seed for every method. The learning rate of a method is chosen among RATES by
+Same split, same first weights and same number of steps per seed for every method. The learning rate of a method is chosen among two by
 the validation scenes at seed 0; the table is measured on the test scenes. Supervised runs report the student, the others the teacher, each the
 best of its validations. Every finished run is a line of results.csv, and is not run again; the folder holds besides results.md and, with
 matplotlib installed, curves.png; streets.png shows images, truth and predictions.
@@ -223,9 +223,9 @@ def draw_curves(results: Path, table: dict) -> None:
 @torch.no_grad()
 def draw_streets(results: Path, rates: dict[str, float], scenes=(3, 11, 24, 42, 57, 80)) -> None:
     """streets.png: image, truth and the prediction of each method (seed 0) of some test scenes."""
-    source, networks = data.load_source("street", None), []
     if not rates:
         return
+    source, networks = data.load_source("street", None), []
     for method, rate in rates.items():
         folder = folder_of(SCENES, method, rate, 0)
         if not (folder / "model.safetensors").exists():
