@@ -249,7 +249,7 @@ def load_sun(path: Path, max_size=None) -> Source:
 
 
 def load_folder(path: Path, max_size: int | None = 1024) -> Source:
-    """A user's own data: images/{train,val}/*, labels/{train,val}/*.png, classes.txt with one name per line."""
+    """A user's own data: images/{train,val}/*, labels/{train,val}/*.png, classes.txt with one name per line; a test part if there is one."""
     names = path / "classes.txt"
     need(names.is_file(), f"{names}: no such file; it names the classes, one per line, in the order of the label values 0, 1, ...")
     classes = [line.strip() for line in names.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
@@ -266,17 +266,17 @@ def load_folder(path: Path, max_size: int | None = 1024) -> Source:
             need(label.suffix.lower() == ".png", f"{label}: a label must be a PNG; other formats change or scale its values")
         orphan = labels.get(min(labels.keys() - stems, default=None))
         need(not orphan, f"{orphan}: a label without an image of that name in {path / 'images' / part}")
-        bare = next((p for p in images if part == "val" and p.stem not in labels), None)
-        need(not bare, f"{bare}: a validation image without a label in {path / 'labels' / 'val'}; label it or move it to images/train")
+        bare = next((p for p in images if part != "train" and p.stem not in labels), None)
+        need(not bare, f"{bare}: a {'validation' if part == 'val' else part} image without a label in {path / 'labels' / part}; label it or move it to images/train")
         need(labels, f"{path / 'labels' / part}: holds no label; paint at least one")
         return [Sample(p.stem, str(p), str(labels[p.stem]) if p.stem in labels else None) for p in images]
-    train, val = split("train"), split("val")
+    train, val, test = split("train"), split("val"), split("test") if (path / "labels" / "test").is_dir() else []
     first = open_image(next(s.label for s in train if s.label))[0]  # a palette PNG brings its own colours
     colours = list(zip(*[iter((first.getpalette() or []) if first.mode == "P" else [])] * 3))[:len(classes)]
     both = sorted({s.name for s in train} & {s.name for s in val})
     if both:
         note(f"{len(both)} names stand in both images/train and images/val ({both[0]} ...); are they the same pictures?")
-    return Source("folder", classes, colours if len(set(colours)) == len(classes) else voc_palette(len(classes)), train, val,
+    return Source("folder", classes, colours if len(set(colours)) == len(classes) else voc_palette(len(classes)), train, val, test,
                   table=table({i: i for i in (*range(len(classes)), IGNORE)}), max_size=max_size)
 
 

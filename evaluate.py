@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run")
     parser.add_argument("--dataset", choices=list(data.SOURCES), help="another data set of the same classes (default: the run's); what a checkpoint was trained on")
     parser.add_argument("--data-path", metavar="DIR", help="where it lies (default: the run's)")
-    parser.add_argument("--split", choices=["val", "test", "train"], default="val", help="which images (test: street alone has one)")
+    parser.add_argument("--split", choices=["val", "test", "train"], default="val", help="which images (test: street has one, a folder may)")
     parser.add_argument("--batch-size", type=run.positive, default=4, help="images at once where all have one size")
     parser.add_argument("--num-workers", type=run.natural, default=min(2, os.cpu_count() or 1), help="processes that read images")
     parser.add_argument("--full-resolution", action="store_true", help="the network sees the images at the size of their files and is scored there (Cityscapes: 2048x1024)")

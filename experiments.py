@@ -30,7 +30,7 @@ import data
 import evaluate
 import run
 
-SEEDS, RUNS = (0, 1, 2), Path("runs/experiments")
+SEEDS, RUNS, HANDWRITING = (0, 1, 2), Path("runs/experiments"), "dataset/handwriting"
 RECO = ["train_semi.py", "--reco"]
 METHODS = {
     "supervised": ["train_supervised.py"],
@@ -57,6 +57,8 @@ TABLE = dict(steps=2000, rates=(0.1, 0.2), network=[*SMALL, "--crop-size", "48"]
              script={"train_semi.py": ["--batch-size", "4"], "train_supervised.py": ["--batch-size", "8"]})
 SHORT = dict(steps=1000, rates=(0.1, 0.2), network=SMALL,
              script={"train_semi.py": ["--batch-size", "4", "--joint-forward"], "train_supervised.py": ["--batch-size", "8"]})
+HAND = dict(steps=2000, rates=(0.4, 1.0), network=[*SMALL, "--crop-size", "48", "--num-workers", "0"],
+            script={"train_semi.py": ["--batch-size", "4", "--warmup-iterations", "600"], "train_supervised.py": ["--batch-size", "8"]})
 WIDE = dict(steps=1500, rates=(0.2, 0.4), network=[], script={"train_semi.py": ["--joint-forward"]})  # the quick start's own network and batch
 SETTINGS = {  # the labels, the methods compared on them, how, and the setting whose choice of the rate holds here
     "20 labels": (["--num-labeled", "20"], list(METHODS), TABLE, "20 labels"),
@@ -67,6 +69,7 @@ SETTINGS = {  # the labels, the methods compared on them, how, and the setting w
     "100 labels, short": (["--num-labeled", "100"], list(METHODS), SHORT, "20 labels, short"),
     "p0, short": (["--label-ratio", "p0"], MAIN, SHORT, "p0, short"),
     "p5, short": (["--label-ratio", "p5"], [*MAIN, "independent draws"], SHORT, "p0, short"),
+    "handwriting, 60 labels": (["--dataset", "folder", "--data-path", HANDWRITING, "--recipe", "street", "--num-labeled", "60"], MAIN, HAND, "handwriting, 60 labels"),
     "20 labels, wide": (["--num-labeled", "20"], MAIN, WIDE, "20 labels, wide"),
 }
 SCENES = "20 labels"  # the setting that streets.png shows
@@ -147,6 +150,8 @@ def main() -> None:
         there = [(row["setting"], row["method"]) for row in read_results(args.results)]
         print("\n".join(f"{': '.join(pair):50s} {there.count(pair)} of {len(SEEDS) + (len(SETTINGS[pair[0]][2]['rates']) - 1) * (pair in tuned)} runs" for pair in wanted))
         return
+    if any(HANDWRITING in SETTINGS[setting][0] for setting, _ in wanted) and not Path(HANDWRITING).exists():
+        subprocess.run([sys.executable, "examples/handwriting.py", HANDWRITING], check=True)
     jobs = [(*pair, rate, 0) for pair in tuned for rate in SETTINGS[pair[0]][2]["rates"]]
     bar = tqdm(total=len(jobs) + len(wanted) * len(SEEDS), unit="run")
 

@@ -7,11 +7,11 @@ Writes a `folder` data set of real handwriting, to try the path that your own pi
 
 Each picture shows two to five of the 1,797 handwritten digits (8x8 pixels) that scikit-learn carries, enlarged,
 slanted and inked onto paper, wood or something blotchy; its label says which pixels are a zero, a one, ... or none.
-No digit is used in both training and validation pictures. The layout is the one to copy for your own data:
+No digit is used in two of the training, validation and test pictures. The layout is the one to copy for your own data:
 
-    DIR/images/{train,val}/NNNN.png    the pictures, RGB
-    DIR/labels/{train,val}/NNNN.png    palette PNGs of that size: 0 background, 1 ... 10 the digits (255: not labelled)
-    DIR/classes.txt                    one class name a line, in the order of the indices
+    DIR/images/{train,val,test}/NNNN.png    the pictures, RGB (test: for evaluate.py --split test; may be left out)
+    DIR/labels/{train,val,test}/NNNN.png    palette PNGs of that size: 0 background, 1 ... 10 the digits (255: not labelled)
+    DIR/classes.txt                         one class name a line, in the order of the indices
 """
 import argparse
 import math
@@ -32,13 +32,13 @@ INKS = [(28, 30, 40), (36, 52, 120), (130, 30, 34), (24, 84, 60), (80, 50, 30), 
 
 
 def split_digits(targets, seed):
-    """Indices of the training and of the validation digits: three quarters and the other quarter of every class."""
-    rng, train, val = np.random.default_rng(seed), [], []
+    """Indices of the training, validation and test digits: three quarters, an eighth and an eighth of every class."""
+    rng, parts = np.random.default_rng(seed), ([], [], [])
     for digit in range(10):
         order = rng.permutation(np.flatnonzero(targets == digit))
-        train.extend(order[:len(order) * 3 // 4])
-        val.extend(order[len(order) * 3 // 4:])
-    return np.array(train), np.array(val)
+        for part, mine in zip(parts, np.split(order, [len(order) * 6 // 8, len(order) * 7 // 8])):
+            part.extend(mine)
+    return tuple(np.array(part) for part in parts)
 
 
 def smooth_noise(rng, size, rows, columns):
@@ -114,11 +114,12 @@ def main():
     parser.add_argument("dir", metavar="DIR", type=Path, help="where to write; must not exist, or be empty")
     parser.add_argument("--train", type=int, default=600, help="training pictures")
     parser.add_argument("--val", type=int, default=150, help="validation pictures")
+    parser.add_argument("--test", type=int, default=300, help="test pictures")
     parser.add_argument("--size", type=int, default=64, help="width and height in pixels, 32 or more")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.train < 1 or args.val < 1:
-        refuse(f"--train {args.train} --val {args.val}: both must be 1 or more")
+    if min(args.train, args.val, args.test) < 1:
+        refuse(f"--train {args.train} --val {args.val} --test {args.test}: each must be 1 or more")
     if args.size < 32:
         refuse(f"--size {args.size} is too small for the digits to be read: 32 or more")
     if args.seed < 0:
@@ -131,7 +132,7 @@ def main():
         refuse("the digits come with scikit-learn: pip install scikit-learn")
 
     data = load_digits()
-    for number, (split, count) in enumerate((("train", args.train), ("val", args.val))):
+    for number, (split, count) in enumerate((("train", args.train), ("val", args.val), ("test", args.test))):
         indices = split_digits(data.target, args.seed)[number]
         for kind in ("images", "labels"):
             try:
@@ -146,7 +147,7 @@ def main():
             label.putpalette([channel for colour in PALETTE for channel in colour])
             label.save(args.dir / "labels" / split / f"{i:04d}.png")
     (args.dir / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    print(f"{args.dir}: {args.train} training and {args.val} validation pictures, {args.size}x{args.size}, with labels")
+    print(f"{args.dir}: {args.train} training, {args.val} validation and {args.test} test pictures, {args.size}x{args.size}, with labels")
     folder = shlex.quote(str(args.dir))
     print(f"try: accelerate launch train_semi.py --reco --dataset folder --data-path {folder} --num-labeled 60 --recipe street --warmup-iterations 600")
 

@@ -130,6 +130,15 @@ def test_a_users_folder(tmp_path, capsys):
     capsys.readouterr()
     load("folder", root)
     assert "train_000" in capsys.readouterr().out
+    assert source.test == []  # the folder has none; pictures without labels there are nobody's business, labelled ones a part to evaluate on
+    for kind in ("images", "labels"):
+        shutil.copytree(root / kind / "val", root / kind / "test")
+        if kind == "images":
+            assert load("folder", root).test == []
+    assert [s.label for s in load("folder", root).test] == [str(p) for p in sorted((root / "labels/test").iterdir())]
+    (root / "labels/test/val_000.png").unlink()
+    with pytest.raises(UserError, match="images/test/val_000.png: a test image without a label"):
+        load("folder", root)
 
 
 def test_max_size_brings_large_pictures_down(tmp_path):

@@ -23,13 +23,13 @@ def start(*args):
 
 def test_what_it_writes(tmp_path):
     root = tmp_path / "new" / "digits"
-    done = start(root, "--train", 12, "--val", 5, "--size", 48)
+    done = start(root, "--train", 12, "--val", 5, "--test", 3, "--size", 48)
     assert done.returncode == 0, done.stderr
-    assert "12 training and 5 validation" in done.stdout
+    assert "12 training, 5 validation and 3 test" in done.stdout
     assert f"accelerate launch train_semi.py --reco --dataset folder --data-path {root} --num-labeled 60" in done.stdout
     assert (root / "classes.txt").read_text().split() == list(handwriting.CLASSES)
     assert len(handwriting.CLASSES) == len(handwriting.PALETTE) == 11
-    for split, count in (("train", 12), ("val", 5)):
+    for split, count in (("train", 12), ("val", 5), ("test", 3)):
         names = [f"{i:04d}.png" for i in range(count)]
         for kind in ("images", "labels"):
             assert sorted(path.name for path in (root / kind / split).iterdir()) == names
@@ -41,11 +41,11 @@ def test_what_it_writes(tmp_path):
             assert classes[0] == 0 and classes[-1] <= 10 and 2 <= len(classes) <= 6
 
 
-def test_scenes_use_their_own_half_of_the_digits():
+def test_scenes_use_their_own_part_of_the_digits():
     data = load_digits()
-    train, val = handwriting.split_digits(data.target, seed=0)
-    assert len(train) + len(val) == len(data.target) and not set(train) & set(val)
-    assert set(data.target[train]) == set(data.target[val]) == set(range(10))
+    train, val, test = parts = handwriting.split_digits(data.target, seed=0)
+    assert sorted(np.concatenate(parts)) == list(range(len(data.target)))
+    assert all(set(data.target[part]) == set(range(10)) for part in parts) and len(train) > 5 * len(val) and len(val) > 0.9 * len(test)
     assert not np.array_equal(train, handwriting.split_digits(data.target, seed=1)[0])
     for seed in range(20):
         image, label, used = handwriting.draw_scene(np.random.default_rng(seed), data.images, data.target, val)
@@ -59,7 +59,7 @@ def test_refusals(tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for args in (["taken"], ["file"], ["file/below"], ["new", "--train", 0], ["new", "--val", -3], ["new", "--size", 8],
+    for args in (["taken"], ["file"], ["file/below"], ["new", "--train", 0], ["new", "--val", -3], ["new", "--test", 0], ["new", "--size", 8],
                  ["new", "--seed", -1]):
         done = start(tmp_path / args[0], *args[1:])
         assert done.returncode == 2 and done.stdout == "", args
