@@ -97,7 +97,7 @@ def time_steps(args, accelerator, semi: bool, steps: int) -> dict:
             "images per second": images / total, "peak memory MB": peak_memory(device), "ReCo share": parts["ReCo"] / total}
 
 
-def time_loss(dataset: str, device, sampling: str, steps: int) -> dict:
+def time_loss(dataset: str, device, steps: int) -> dict:
     """Median seconds of the ReCo loss, forward and backward, 256 queries and 512 negatives, representation of 256 channels."""
     torch.manual_seed(0)
     (batch, h, w), classes = LOSS_SIZES[dataset], CLASSES[dataset]
@@ -108,10 +108,10 @@ def time_loss(dataset: str, device, sampling: str, steps: int) -> dict:
     for _ in range(steps + 2):
         rep.grad = None
         clock.restart()
-        reco_loss(rep, label, prob, valid, sampling=sampling).backward()
+        reco_loss(rep, label, prob, valid).backward()
         clock.mark("loss")
         times.append(clock.parts["loss"])
-    return {"dataset": dataset, "rep": [batch, 256, h, w], "classes": classes, "sampling": sampling, "seconds": statistics.median(times[2:])}
+    return {"dataset": dataset, "rep": [batch, 256, h, w], "classes": classes, "seconds": statistics.median(times[2:])}
 
 
 def main() -> None:
@@ -143,11 +143,11 @@ def main() -> None:
                 results["steps"].append(row)
                 print(f"{row['dataset'] + ' ' + row['method']:24s}" + "".join(f"{1000 * row['seconds'][part]:16.1f}" for part in PARTS)
                       + f"{1000 * row['step']:10.1f}{row['images per second']:10.1f}{row['peak memory MB']:9.0f}{100 * row['ReCo share']:6.1f}%")
-    print(f"\n{'the loss alone':16s}{'rep':>20s}{'classes':>9s}{'sampling':>13s}{'ms':>9s}")
+    print(f"\n{'the loss alone':16s}{'rep':>20s}{'classes':>9s}{'ms':>9s}")
     for dataset in LOSS_SIZES:
-        row = time_loss(dataset, device, "stratified", bench.steps)
+        row = time_loss(dataset, device, bench.steps)
         results["loss"].append(row)
-        print(f"{dataset:16s}{'x'.join(map(str, row['rep'])):>20s}{row['classes']:9d}{row['sampling']:>13s}{1000 * row['seconds']:9.1f}")
+        print(f"{dataset:16s}{'x'.join(map(str, row['rep'])):>20s}{row['classes']:9d}{1000 * row['seconds']:9.1f}")
     if bench.json and accelerator.is_main_process:
         run.write(Path(bench.json), lambda file: file.write(json.dumps(results, indent=1).encode()))
 

@@ -6,7 +6,6 @@
     python evaluate.py --checkpoint published_reco.pth --dataset cityscapes --data-path DIR
     accelerate launch --multi_gpu evaluate.py RUN                                # several processes
 """
-import json
 import math
 import os
 from pathlib import Path
@@ -35,19 +34,18 @@ class Metrics:
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)  # [truth, prediction]
         self.boundary = torch.zeros(3, num_classes, dtype=torch.int64, device=device)  # both, truth's, prediction's
 
-    def update(self, prediction: Tensor, label: Tensor, boundary: bool = True) -> None:
+    def update(self, prediction: Tensor, label: Tensor) -> None:
         """prediction, label: [B, H, W] integer maps of class ids; label 255 is not counted."""
         label, prediction, n = label.long(), prediction.long(), self.num_classes
         valid = label != IGNORE
         pair = torch.where(valid, label * n + prediction, n * n)
         self.confusion += count(pair, n * n + 1)[:-1].view(n, n)
-        if boundary:
-            distance = max(1, round(0.02 * math.hypot(*label.shape[-2:])))
-            prediction = torch.where(valid, prediction, IGNORE)
-            truth_edge, prediction_edge = boundary_region(label, distance) & valid, boundary_region(prediction, distance) & valid
-            for row, (classes, where) in enumerate([(label, truth_edge & prediction_edge & (label == prediction)), (label, truth_edge),
-                                                    (prediction, prediction_edge)]):
-                self.boundary[row] += count(torch.where(where, classes, n), n + 1)[:-1]
+        distance = max(1, round(0.02 * math.hypot(*label.shape[-2:])))
+        prediction = torch.where(valid, prediction, IGNORE)
+        truth_edge, prediction_edge = boundary_region(label, distance) & valid, boundary_region(prediction, distance) & valid
+        for row, (classes, where) in enumerate([(label, truth_edge & prediction_edge & (label == prediction)), (label, truth_edge),
+                                                (prediction, prediction_edge)]):
+            self.boundary[row] += count(torch.where(where, classes, n), n + 1)[:-1]
 
     def results(self) -> dict:
         """Plain numbers: miou, accuracy, boundary_iou, and lists per class (None for a class that occurs neither in the truth nor in
@@ -130,7 +128,7 @@ def evaluation_loader(source: data.Source, samples: list[data.Sample], batch_siz
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, num_classes: int, accelerator: Accelerator, boundary: bool = True, progress: str = "",
+def evaluate(model: nn.Module, loader: DataLoader, num_classes: int, accelerator: Accelerator, progress: str = "",
              **prediction) -> tuple[dict, Tensor]:
     """Results (see Metrics) and confusion matrix of a model in eval mode on this process's loader, summed over the processes. The
     model must be the bare one, not wrapped for distributed training: processes may hold different numbers of batches."""
@@ -141,7 +139,7 @@ def evaluate(model: nn.Module, loader: DataLoader, num_classes: int, accelerator
     for images, label, _ in tqdm(loader, desc=progress, unit="batch", leave=False, disable=silent):
         with accelerator.autocast():
             prob = predict_probabilities(model, data.to_float(images, accelerator.device), **prediction)
-        metrics.update(prob.argmax(dim=1), label.to(accelerator.device, non_blocking=True), boundary)
+        metrics.update(prob.argmax(dim=1), label.to(accelerator.device, non_blocking=True))
     model.train(training)
     metrics.confusion, metrics.boundary = accelerator.reduce(metrics.confusion), accelerator.reduce(metrics.boundary)
     return metrics.results(), metrics.confusion

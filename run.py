@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # a default of None is told in the text
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def number(kind, low, high, what):
@@ -147,6 +147,9 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
     for action in parser._actions:  # once more, to learn which options were given
         action.default = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))
+    trackers = ["none", *map(str, get_available_trackers())]
+    if args.log_with not in trackers:
+        raise UserError(f"--log-with {args.log_with}: no such tracker, or not installed; there are {', '.join(trackers)}")
     args.method = (args.mixing_strategy if semi else "supervised") + ("-reco" if args.reco else "")
     if args.resume:
         folder = Path(args.out_dir) if args.out_dir else newest(default_folder(args))
@@ -161,6 +164,8 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
         return args
 
     args.script, args.lr_given = parser.prog, args.lr is not None
+    begun = read_config(Path(args.init_from)) if args.init_from else None
+    args.recipe = args.recipe or (begun and begun["arguments"].get("recipe"))
     recipe = RECIPES[args.recipe or args.dataset] | {"num_labeled": RECIPES[args.dataset]["num_labeled"]}
     if not semi:
         recipe["batch_size"] *= 2
@@ -169,9 +174,9 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
     if args.label_ratio or args.labeled_list:
         recipe["num_labeled"] = 0
     if recipe["num_workers"] is None:
-        recipe["num_workers"] = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // (2 if semi else 1)))
-    if args.init_from:  # the network is that of the run
-        recipe |= {k: v for k, v in read_config(Path(args.init_from))["model"].items() if k in recipe and v is not None}
+        recipe["num_workers"] = max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // (2 if semi else 1)))
+    if begun:  # the network is that of the run
+        recipe |= {k: v for k, v in begun["model"].items() if k in recipe and v is not None}
         recipe["lr"] /= 10  # the full rate would undo what the weights know
     for name, value in recipe.items():
         if getattr(args, name) is None:
@@ -203,9 +208,6 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
         raise UserError("--max-size has a meaning with --dataset folder alone; the other data sets have a fixed size")
     if semi and args.warmup_iterations >= args.iterations:
         raise UserError(f"--warmup-iterations {args.warmup_iterations}: the run has only {args.iterations} iterations, so no unlabelled image would be used")
-    trackers = ["none", *map(str, get_available_trackers())]
-    if args.log_with not in trackers:
-        raise UserError(f"--log-with {args.log_with}: no such tracker, or not installed; there are {', '.join(trackers)}")
     return args
 
 
@@ -264,6 +266,12 @@ def write(path: Path, writer) -> None:
 
 def write_json(path: Path, content) -> None:
     write(path, lambda file: file.write((json.dumps(content, indent=1, default=str) + "\n").encode()))
+
+
+def write_torch(path: Path, content) -> None:
+    buffer = io.BytesIO()  # in memory first: torch's own writer hides what the disk says
+    torch.save(content, buffer)
+    write(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def write_weights(folder: Path, model: nn.Module) -> None:
@@ -354,9 +362,7 @@ def load_trained(args: argparse.Namespace, device) -> tuple[nn.Module, dict]:
 
 def save_checkpoint(folder: Path, state: dict) -> None:
     """checkpoint/state.pt: everything a resumed run needs. Random state is no part of it: every draw is a function of (seed, step)."""
-    buffer = io.BytesIO()  # in memory first: torch's own writer hides what the disk says
-    torch.save(state, buffer)
-    write(folder / "checkpoint" / "state.pt", lambda file: file.write(buffer.getbuffer()))
+    write_torch(folder / "checkpoint" / "state.pt", state)
 
 
 def load_checkpoint(folder: Path) -> dict | None:
@@ -370,17 +376,23 @@ def load_checkpoint(folder: Path) -> dict | None:
 # ---------------------------------------------------------------------------------------------------------- beginnings
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
     # DDP sends rank 0's batch-norm statistics round at every forward: all processes evaluate and save the same network
-    # a resumed run keeps its precision
-    accelerator = Accelerator(mixed_precision=getattr(args, "mixed_precision", None), log_with=None if args.log_with == "none" else args.log_with, project_dir=".", dynamo_backend="inductor" if args.compile else None,
+    # a resumed run keeps its precision (the launcher says "no" where nothing was asked for; Record refuses another)
+    keep = getattr(args, "mixed_precision", None) if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no" else None
+    accelerator = Accelerator(mixed_precision=keep, log_with=None if args.log_with == "none" else args.log_with, project_dir=".", dynamo_backend="inductor" if args.compile else None,
                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # `accelerate launch` allows a CPU run one thread, plain python all
+        torch.set_num_threads(cores())  # `accelerate launch` allows a CPU run one thread, plain python all
     if accelerator.num_processes > 1 and args.reco and args.reco_sampling == "independent":
         raise UserError("--reco-sampling independent runs on one process only: its keys are too many to exchange")
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     return accelerator
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seed_step(seed: int, step: int, rank: int) -> np.random.Generator:
@@ -473,8 +485,10 @@ class Record:
         STARTED = True
 
     def begin(self) -> None:
-        """Open the run's folder. Called after the first step, so that bad input found until then leaves nothing behind."""
+        """Open the run's folder: after the first step (--init-from: before its first validation), so that bad input found until then leaves nothing behind."""
         self.begun, args, accelerator = True, self.args, self.accelerator
+        if self.main and not args.resume and (self.folder / "config.json").exists():
+            raise UserError(f"{self.folder}: another run that began meanwhile took this folder; begin again, or choose one with --out-dir")
         self.bar = tqdm(total=args.iterations, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 30)  # a log file gets a line every half minute
         if self.main and not args.resume:
@@ -538,7 +552,8 @@ class Record:
         bad = ~torch.isfinite(values).all()
         if self.first_bad is None:
             self.first_bad, self.bad_parts = torch.full_like(bad, -1, dtype=torch.long), torch.zeros_like(values)
-        if len(values) != len(self.bad_parts) and int(self.first_bad) < 0:  # once, when the unlabelled images have joined
+        if len(values) != len(self.bad_parts):  # once, when the unlabelled images have joined
+            self.check_finite()
             self.bad_parts = torch.zeros_like(values)
         news = bad & (self.first_bad < 0)
         self.first_bad = torch.where(news, step, self.first_bad)
@@ -578,7 +593,7 @@ class Record:
             one = data.StepSampler(**{**vars(loader.batch_sampler), "start": step, "stop": step + 1})
             batches.append(torch.utils.data.default_collate([loader.dataset[key] for key in next(iter(one))]))
         path = self.folder / f"nonfinite-step{step}-process{self.accelerator.process_index}.pt"
-        write(path, lambda file: torch.save(batches, file))
+        write_torch(path, batches)
         parts = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, self.bad_parts.tolist()))
         raise UserError(f"the loss was not finite at step {step} ({parts}); the last good checkpoint is kept, the batch is in {path}. A smaller --lr, or bf16 instead of "
                         "fp16, usually helps")
@@ -596,6 +611,7 @@ class Record:
         if not self.begun:
             self.begin()
         self.check_finite()
+        entered = time.monotonic()
         entry = {"step": self.step}
         for name, network in networks.items():
             self.share_buffers(network)
@@ -618,7 +634,7 @@ class Record:
         if self.main:
             write_json(self.folder / "history.json", self.history)
         self.pictures(next(iter(networks.values())), shown)
-        self.since = time.monotonic()
+        self.since += time.monotonic() - entered  # the rate is that of training
 
     @torch.no_grad()
     def pictures(self, network: nn.Module, shown: dict[str, Tensor]) -> None:
@@ -675,6 +691,7 @@ class Record:
 
     def save(self, model: nn.Module, optimizer, teacher=None) -> None:
         """The state to go on from. It is the same on every process (see share_buffers), so the main one alone writes."""
+        entered = time.monotonic()
         self.check_finite()
         if not torch.isfinite(torch.stack(torch._foreach_norm(list(model.parameters())))).all():  # the same on every process
             raise UserError(f"the weights were not finite after step {self.step - 1}, though the losses were; the last good checkpoint is kept. A smaller --lr usually helps")
@@ -688,7 +705,7 @@ class Record:
             self.say(f"stopped at step {self.step} of {self.args.iterations}, saved. Go on with: {resume_command(self.args, self.folder)}")
             self.accelerator.end_training()
             sys.exit(128 + self.stopping)
-        self.since = time.monotonic()
+        self.since += time.monotonic() - entered
 
     def finish(self, network: nn.Module) -> None:
         if self.bar:
@@ -764,7 +781,7 @@ def launch(main) -> None:
     warnings.filterwarnings("ignore", message=".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier).*")
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # a full disk reaches us from TensorBoard's writer, too
         for bar in list(getattr(tqdm, "_instances", [])):
             bar.close()  # the line stands by itself
         text = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")  # from a loader's process it comes with its traceback
@@ -781,7 +798,7 @@ def launch(main) -> None:
     sys.exit(status)
 
 
-STARTED = False  # from the first step on every process reports its own errors: the others do not have them
+STARTED = False  # once the loaders exist every process reports its own errors: the others do not have them
 
 
 def resume_command(args: argparse.Namespace, folder: Path) -> str:

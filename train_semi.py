@@ -43,9 +43,10 @@ def pseudo_label(teacher: MeanTeacher, images: Tensor, known: Tensor | None, acc
 
 
 def train_step(step, batch_l, batch_u, student, model, teacher, optimizer, accelerator, args, partial, rng, mark=lambda part: None) -> tuple[dict, dict]:
-    """One step on a labelled and an unlabelled batch. Returns what the curves show and what the pictures show, as
-    tensors that nobody has waited for yet. `mark` is
-    told when a part of the step is done (bench.py times them)."""
+    """One step on a labelled and an unlabelled batch, each (images uint8 [B, 3, h, w], labels uint8 [B, h, w], ...), on the host.
+
+    Returns what the curves show (name -> float []) and what the pictures show, as tensors that nobody has waited for yet. `student` is `model`
+    as Accelerate wraps it; `partial`: the labels are sparse; `mark` is told when a part of the step is done (bench.py times them)."""
     device, warming_up = accelerator.device, step < args.warmup_iterations
     images_l, label_l = data.to_float(batch_l[0], device), batch_l[1].to(device, non_blocking=True).long()
     images_u, known_u = data.to_float(batch_u[0], device), batch_u[1].to(device, non_blocking=True).long()
@@ -64,7 +65,7 @@ def train_step(step, batch_l, batch_u, student, model, teacher, optimizer, accel
     images = data.normalise(images)
     mark("augmentation")
 
-    # [2B, C, h, w], [2B, D, h, w]: labelled images first; stride 4
+    # [2B, C, h, w], [2B, D, h, w] at the decoder's stride, labelled images first; [B, ...] while warming up
     if warming_up or args.joint_forward:
         logits, rep = student(images)
     else:  # each with its own batch-norm statistics

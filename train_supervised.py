@@ -28,9 +28,8 @@ def mean_count(mask: torch.Tensor, accelerator=None) -> torch.Tensor:
 
 
 def train_step(batch, student, optimizer, accelerator, args, rng, mark=lambda part: None) -> tuple[dict, dict]:
-    """One step on one batch. Returns what the curves show and what the pictures show, as
-    tensors that nobody has waited for yet. `mark` is told when a part of
-    the step is done (bench.py times them)."""
+    """One step on a batch (images uint8 [B, 3, h, w], labels uint8 [B, h, w], ...) on the host. Returns what the curves show (name -> float []) and
+    what the pictures show, as tensors that nobody has waited for yet; `mark` is told when a part of the step is done (bench.py times them)."""
     device = accelerator.device
     images, label = data.to_float(batch[0], device), batch[1].to(device, non_blocking=True).long()
     mark("data")

@@ -70,6 +70,7 @@ def cases(tmp: Path) -> dict[str, tuple[list, str]]:
         case(f"{script} idle flag", [script, "--reco-num-queries", "3"], "--reco-num-queries")
         case(f"{script} nan", [script, "--reco", "--reco-temp", "nan"], "nan")
         case(f"{script} tracker", [script, "--log-with", "paper"], "paper")
+        case(f"{script} tracker of a resumed run", [script, "--resume", "--log-with", "paper"], "paper")
         case(f"{script} crop", [script, "--crop-size", "8"], "--crop-size")
         case(f"{script} scale", [script, "--scale", "2", "1"], "--scale")
         case(f"{script} no such list", [script, "--labeled-list", tmp / "nolist.txt"], "nolist.txt")

@@ -7,14 +7,15 @@ from run import read_config
 
 import pytest
 
-ONLY = ["20 labels: ClassMix + ReCo", "20 labels: active queries, random keys"]
+SETTING = "20 labels, short"
+ONLY = [f"{SETTING}: ClassMix + ReCo", f"{SETTING}: active queries, random keys"]
 
 
 def test_measures_resumes_and_reports(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(experiments.LIGHT, "steps", 2)
-    monkeypatch.setitem(experiments.LIGHT, "rates", (0.2,))
+    monkeypatch.setitem(experiments.SHORT, "steps", 2)
+    monkeypatch.setitem(experiments.SHORT, "rates", (0.2,))
     monkeypatch.setattr(experiments, "SEEDS", (0,))
-    monkeypatch.setattr(experiments, "SCENES", "20 labels")
+    monkeypatch.setattr(experiments, "SCENES", SETTING)
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
     monkeypatch.setattr("sys.argv", ["experiments.py", "--results", str(tmp_path / "results"), "--only", *ONLY])
     experiments.main()
@@ -24,8 +25,8 @@ def test_measures_resumes_and_reports(tmp_path, monkeypatch, capsys):
     for row in rows:
         assert row["purpose"] == "table" and 0 < float(row["test miou"]) < 1 and 0 < float(row["test boundary iou"]) < 1 and int(row["seconds"]) > 0
         assert [point.split(":")[0] for point in row["curve"].split()] == ["2"] and "--iterations 2" in row["arguments"]
-    assert "--reco-random-keys" in rows[1]["arguments"] and read_config(experiments.folder_of("20 labels", "active queries, random keys", 0.2, 0))["arguments"]["reco_random_keys"]
-    assert (tmp_path / "results" / "streets.png").stat().st_size > 10_000 and "| 20 labels | ClassMix + ReCo | 0.2 | 1 |" in (tmp_path / "results" / "results.md").read_text()
+    assert "--reco-random-keys" in rows[1]["arguments"] and read_config(experiments.folder_of(SETTING, "active queries, random keys", 0.2, 0))["arguments"]["reco_random_keys"]
+    assert (tmp_path / "results" / "streets.png").stat().st_size > 10_000 and f"| {SETTING} | ClassMix + ReCo | 0.2 | 1 |" in (tmp_path / "results" / "results.md").read_text()
 
     before = file.read_bytes()
     monkeypatch.setattr(experiments.subprocess, "run", None)  # a second call finds everything there
@@ -34,7 +35,7 @@ def test_measures_resumes_and_reports(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("sys.argv", ["experiments.py", "--list"])
     experiments.main()
-    assert "p5: ClassMix + ReCo" in capsys.readouterr().out
+    assert "p5: ClassMix + ReCo" in (listed := capsys.readouterr().out) and "short" not in listed  # without --only: the table alone
     monkeypatch.setattr("sys.argv", ["experiments.py", "--only", "p7"])
     with pytest.raises(UserError, match="p7: fits none of"):
         experiments.main()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from cli import ROOT, run_many, run_script
 from safetensors.torch import load_file
 
 import data
+import run
 import trees
 
 # checkpoints at every step and a validation at every third: most of the time something is being written
@@ -130,6 +132,8 @@ def test_resuming_with_other_arguments_is_refused(tmp_path):
         assert status == 2 and culprit in err and len(err.splitlines()) == 1, (words, err)
     done = run_script("train_supervised.py", "--out-dir", folder, "--resume", processes=2)
     assert done.returncode != 0 and "processes 2 (the run: 1)" in done.stderr
+    done = run_script("train_supervised.py", "--out-dir", folder, "--resume", ACCELERATE_MIXED_PRECISION="bf16")  # as `accelerate launch --mixed_precision bf16`
+    assert done.returncode == 2 and "mixed precision bf16 (the run: no)" in done.stderr
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     done = run_script("train_supervised.py", "--out-dir", folder, "--resume", "--num-workers", "1")  # harmless: nothing is left to do
     assert done.returncode == 0, done.stderr
@@ -166,6 +170,31 @@ def test_the_offending_batch_is_written(tmp_path):
     assert done.returncode == 2 and found, done.stderr
     (image, label, index), = torch.load(folder / f"nonfinite-step{found[1]}-process0.pt", weights_only=True)
     assert image.shape == (2, 3, 32, 32) and label.shape == (2, 32, 32)
+
+
+def test_a_bad_step_before_the_unlabelled_images_join_is_told_in_time(tmp_path):
+    """The logging interval lies beyond the end of the warm-up, from where on the step has more parts."""
+    done = run_script(*OPTIONS, "--num-workers", "0", "--warmup-iterations", "6", "--log-interval", "9", "--save-interval", "9", "--val-interval", "9", "--lr", "1e12",
+                      "--log-with", "none", "--out-dir", tmp_path / "run")
+    assert done.returncode == 2 and re.fullmatch(r"train_semi.py: the loss was not finite at step [1-5] \(loss/total (nan|inf), loss/supervised (nan|inf)\);.*", done.stderr.splitlines()[-1]), done.stderr
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """Both chose it when it was free; the second to open it gives way."""
+    (tmp_path / "config.json").write_text("{}")
+    second = SimpleNamespace(args=SimpleNamespace(resume=False), accelerator=None, main=True, folder=tmp_path)
+    with pytest.raises(data.UserError, match="another run that began meanwhile"):
+        run.Record.begin(second)
+
+
+def test_what_the_system_refuses_is_one_line(capsys, monkeypatch):
+    def main():  # as TensorBoard's writer hands it on
+        raise OSError(28, "No space left on device", "runs/events")
+    monkeypatch.setattr("sys.argv", ["train_semi.py"])
+    monkeypatch.setattr(run, "STARTED", True)
+    with pytest.raises(SystemExit) as end:
+        run.launch(main)
+    assert end.value.code == 2 and capsys.readouterr().err == "train_semi.py: [Errno 28] No space left on device: 'runs/events'\n"
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(tmp_path):

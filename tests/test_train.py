@@ -116,8 +116,12 @@ def test_going_on_from_a_run(tmp_path):
         second, history = load_file(tmp_path / script / "model.safetensors"), json.loads((tmp_path / script / "history.json").read_text())
         assert [entry["step"] for entry in history] == [0, 1] and history[0]["miou"] > history[1]["miou"]
         assert all(torch.equal(first[key], second[key]) for key in first)
-    parser = run.training_parser("", semi=True)
-    assert run.parse(parser, True, ["--init-from", str(tmp_path / "first")]).lr == pytest.approx(run.RECIPES["street"]["lr"] / 10)
+    assert run.parse(run.training_parser("", semi=True), True, ["--init-from", str(tmp_path / "first")]).lr == pytest.approx(run.RECIPES["street"]["lr"] / 10)
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    config["arguments"]["recipe"] = "street"
+    (tmp_path / "first" / "config.json").write_text(json.dumps(config))
+    args = run.parse(run.training_parser("", semi=True), True, ["--dataset", "folder", "--data-path", str(tree), "--init-from", str(tmp_path / "first")])
+    assert args.crop_size == [64, 64] and args.scale == [0.8, 1.25] and args.channels == 16  # the recipe of the run, the network too
 
 
 @pytest.mark.parametrize("script, options", [("train_supervised.py", []), ("train_semi.py", []), ("train_semi.py", ["--joint-forward"])])
