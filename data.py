@@ -397,7 +397,7 @@ def label_index(source: Source, samples: list[Sample], quiet: bool = True) -> It
             known[name] = {"stamp": now, **inspect(source, sample)}
         return known[name]
     try:
-        bar = tqdm(samples, desc="reading labels", unit="file", disable=quiet, leave=False, delay=1)
+        bar = tqdm(samples, desc="reading labels", unit="file", disable=quiet or None, leave=False, delay=1)  # None: on a terminal alone
         with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
             for start in range(0, len(samples), 32):
                 for entry in pool.map(look, samples[start:start + 32]):

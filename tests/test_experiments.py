@@ -33,6 +33,7 @@ def test_measures_resumes_and_reports(tmp_path, monkeypatch, capsys):
     experiments.main()
     assert file.read_bytes() == before
 
+    capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["experiments.py", "--list"])
     experiments.main()
     assert "p5: ClassMix + ReCo" in (listed := capsys.readouterr().out) and "short" not in listed  # without --only: the table alone
