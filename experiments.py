@@ -47,6 +47,9 @@ VARIANTS = {  # of ClassMix + ReCo, at its rate
     "32 queries": [*RECO, "--reco-num-queries", "32"],
     "32 negatives": [*RECO, "--reco-num-negatives", "32"],
     "independent draws": [*RECO, "--reco-sampling", "independent"],
+    "teacher keys": [*RECO, "--reco-variant", "teacher-keys"],  # these three after `git apply docs/variants.patch`
+    "moving-average prototypes": [*RECO, "--reco-variant", "moving-prototypes"],
+    "weighted negatives": [*RECO, "--reco-variant", "weighted-negatives"],
     "separate passes": RECO,  # without --joint-forward, as train_semi.py does by default
 }
 # How long, with which network, and the rates to choose from. TABLE is what the command runs by itself: half the width and half the batch of the quick
@@ -69,7 +72,7 @@ SETTINGS = {  # the labels, the methods compared on them, how, and the setting w
     "20 labels, short": (["--num-labeled", "20"], [*METHODS, *VARIANTS], SHORT, "20 labels, short"),
     "100 labels, short": (["--num-labeled", "100"], list(METHODS), SHORT, "20 labels, short"),
     "p0, short": (["--label-ratio", "p0"], MAIN, SHORT, "p0, short"),
-    "p5, short": (["--label-ratio", "p5"], [*MAIN, "independent draws"], SHORT, "p0, short"),
+    "p5, short": (["--label-ratio", "p5"], [*MAIN, "independent draws", "teacher keys", "moving-average prototypes", "weighted negatives"], SHORT, "p0, short"),
     "handwriting, 60 labels": (["--dataset", "folder", "--data-path", HANDWRITING, "--recipe", "street", "--num-labeled", "60"], MAIN, HAND, "handwriting, 60 labels"),
     "20 labels, wide": (["--num-labeled", "20"], MAIN, WIDE, "20 labels, wide"),
 }
@@ -216,22 +219,28 @@ def draw_curves(results: Path, table: dict) -> None:
         return print("no figure of the curves: pip install matplotlib")
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
     settings = [s for s in SETTINGS if any(key[0] == s and row["curve"] for key, row in table.items())]
     if not settings:
         return
-    figure, axes = pyplot.subplots(1, len(settings), figsize=(4 * len(settings), 3.6), sharey=True, squeeze=False)
-    for axis, setting in zip(axes[0], settings):
+    columns = min(5, len(settings))
+    rows = -(-len(settings) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(settings):]:
+        axis.axis("off")
+    for axis, setting in zip(axes.flat, settings):
         for colour, method in enumerate(METHODS):
             curves = [curve_of(row) for key, row in table.items() if key[:2] == (setting, method) and row["curve"]]
             if curves:
                 steps = sorted(set.intersection(*map(set, curves)))
                 values = [[100 * curve[step] for curve in curves] for step in steps]
-                axis.plot(steps, [statistics.mean(v) for v in values], label=method, color=f"C{colour}")
+                axis.plot(steps, [statistics.mean(v) for v in values], color=f"C{colour}")
                 axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.15, color=f"C{colour}")
         axis.set(title=setting, xlabel="step")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("validation mIoU (mean, range of seeds)")
-    axes[0][0].legend(fontsize=8)
+    for left in axes[:, 0]:
+        left.set_ylabel("validation mIoU (mean, range of seeds)")
+    figure.legend(handles=[Line2D([], [], color=f"C{colour}", label=method) for colour, method in enumerate(METHODS)], loc="outside lower center", ncols=len(METHODS))
     figure.savefig(results / "curves.png", dpi=110, bbox_inches="tight")
 
 
