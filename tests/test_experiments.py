@@ -7,13 +7,13 @@ from run import read_config
 
 import pytest
 
-SETTING = "20 labels, short"
+SETTING = "20 labels"
 ONLY = [f"{SETTING}: ClassMix + ReCo", f"{SETTING}: active queries, random keys"]
 
 
 def test_measures_resumes_and_reports(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(experiments.SHORT, "steps", 2)
-    monkeypatch.setitem(experiments.SHORT, "rates", (0.2,))
+    monkeypatch.setitem(experiments.LIGHT, "steps", 2)
+    monkeypatch.setitem(experiments.LIGHT, "rates", (0.2,))
     monkeypatch.setattr(experiments, "SEEDS", (0,))
     monkeypatch.setattr(experiments, "SCENES", SETTING)
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
@@ -36,7 +36,7 @@ def test_measures_resumes_and_reports(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["experiments.py", "--list"])
     experiments.main()
-    assert "p5: ClassMix + ReCo" in (listed := capsys.readouterr().out) and "short" not in listed  # without --only: the table alone
+    assert "p5: ClassMix + ReCo" in (listed := capsys.readouterr().out) and "long" not in listed and "draws" not in listed  # without --only: the table alone
     monkeypatch.setattr("sys.argv", ["experiments.py", "--only", "p7"])
     with pytest.raises(UserError, match="p7: fits none of"):
         experiments.main()
