@@ -61,7 +61,7 @@ LIGHT = dict(steps=1000, rates=(0.1, 0.2), network=SMALL,
 LONG = dict(steps=2000, rates=(0.1, 0.2), network=[*SMALL, "--crop-size", "48"],
             script={"train_semi.py": ["--batch-size", "4"], "train_supervised.py": ["--batch-size", "8"]})
 SPARSE = LONG | dict(rates=(0.05, 0.1, 0.2))  # few labelled pixels in a batch: noisier gradients
-HAND = dict(steps=2000, rates=(0.4, 1.0), network=[*SMALL, "--crop-size", "48", "--num-workers", "0"],
+HAND = dict(steps=2000, rates=(0.2, 0.4), network=[*SMALL, "--crop-size", "48", "--num-workers", "0"],
             script={"train_semi.py": ["--batch-size", "4", "--warmup-iterations", "600"], "train_supervised.py": ["--batch-size", "8"]})
 WIDE = dict(steps=1500, rates=(0.2, 0.4), network=[], script={"train_semi.py": ["--joint-forward"]})  # the quick start's own network and batch
 BEYOND = ["independent draws", "teacher keys", "moving-average prototypes", "weighted negatives"]
@@ -213,7 +213,7 @@ def spread(runs: list[dict], field: str) -> str:
 
 
 def draw_curves(results: Path, table: dict) -> None:
-    """curves.png: validation mIoU over the steps for each setting, mean and range of the seeds."""
+    """curves.png: validation mIoU over the steps for each setting, mean and range of the seeds, of what has been run with all of them."""
     try:
         import matplotlib
     except ImportError:
@@ -221,7 +221,8 @@ def draw_curves(results: Path, table: dict) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
-    settings = [s for s in SETTINGS if any(key[0] == s and row["curve"] for key, row in table.items())]
+    curves = {(s, m): runs for s in SETTINGS for m in METHODS if len(runs := [curve_of(row) for key, row in table.items() if key[:2] == (s, m) and row["curve"]]) == len(SEEDS)}
+    settings = list(dict.fromkeys(s for s, _ in curves))
     if not settings:
         return
     columns = min(5, len(settings))
@@ -231,10 +232,9 @@ def draw_curves(results: Path, table: dict) -> None:
         axis.axis("off")
     for axis, setting in zip(axes.flat, settings):
         for colour, method in enumerate(METHODS):
-            curves = [curve_of(row) for key, row in table.items() if key[:2] == (setting, method) and row["curve"]]
-            if curves:
-                steps = sorted(set.intersection(*map(set, curves)))
-                values = [[100 * curve[step] for curve in curves] for step in steps]
+            if runs := curves.get((setting, method)):
+                steps = sorted(set.intersection(*map(set, runs)))
+                values = [[100 * curve[step] for curve in runs] for step in steps]
                 axis.plot(steps, [statistics.mean(v) for v in values], color=f"C{colour}")
                 axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.15, color=f"C{colour}")
         axis.set(title=setting, xlabel="step")
