@@ -61,10 +61,12 @@ LIGHT = dict(steps=1000, rates=(0.1, 0.2), network=SMALL,
 LONG = dict(steps=2000, rates=(0.1, 0.2), network=[*SMALL, "--crop-size", "48"],
             script={"train_semi.py": ["--batch-size", "4"], "train_supervised.py": ["--batch-size", "8"]})
 SPARSE = LONG | dict(rates=(0.05, 0.1, 0.2))  # few labelled pixels in a batch: noisier gradients
-HAND = dict(steps=2000, rates=(0.2, 0.4), network=[*SMALL, "--crop-size", "48", "--num-workers", "0"],
-            script={"train_semi.py": ["--batch-size", "4", "--warmup-iterations", "600"], "train_supervised.py": ["--batch-size", "8"]})
+HAND = dict(steps=2000, rates=(0.2, 0.4), network=["--num-workers", "0"], script={"train_semi.py": ["--warmup-iterations", "600"]})
+HAND_LIGHT = dict(steps=2000, rates=(0.2, 0.4), network=[*SMALL, "--crop-size", "48", "--num-workers", "0"],  # the teacher never starts
+                  script={"train_semi.py": ["--batch-size", "4", "--warmup-iterations", "600"], "train_supervised.py": ["--batch-size", "8"]})
 WIDE = dict(steps=1500, rates=(0.2, 0.4), network=[], script={"train_semi.py": ["--joint-forward"]})  # the quick start's own network and batch
 BEYOND = ["independent draws", "teacher keys", "moving-average prototypes", "weighted negatives"]
+DIGITS = ["--dataset", "folder", "--data-path", HANDWRITING, "--recipe", "street", "--num-labeled", "60"]
 SETTINGS = {  # the labels, the methods compared on them, how, and the setting whose choice of the rate holds here
     "20 labels": (["--num-labeled", "20"], [*METHODS, *VARIANTS], LIGHT, "20 labels"),
     "100 labels": (["--num-labeled", "100"], list(METHODS), LIGHT, "20 labels"),
@@ -75,7 +77,8 @@ SETTINGS = {  # the labels, the methods compared on them, how, and the setting w
     "p0, long": (["--label-ratio", "p0"], MAIN, SPARSE, "p0, long"),
     "p5, long": (["--label-ratio", "p5"], MAIN, SPARSE, "p0, long"),
     "20 labels, wide": (["--num-labeled", "20"], MAIN, WIDE, "20 labels, wide"),
-    "handwriting, 60 labels": (["--dataset", "folder", "--data-path", HANDWRITING, "--recipe", "street", "--num-labeled", "60"], MAIN, HAND, "handwriting, 60 labels"),
+    "handwriting": (DIGITS, MAIN, HAND, "handwriting"),
+    "handwriting, light": (DIGITS, MAIN, HAND_LIGHT, "handwriting, light"),
 }
 SCENES = "20 labels, long"  # the setting that streets.png shows
 PAIRS = [(setting, method) for setting, (_, methods, *_) in SETTINGS.items() for method in methods]
