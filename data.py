@@ -267,7 +267,7 @@ def load_folder(path: Path, max_size: int | None = 1024) -> Source:
         orphan = labels.get(min(labels.keys() - stems, default=None))
         need(not orphan, f"{orphan}: a label without an image of that name in {path / 'images' / part}")
         bare = next((p for p in images if part != "train" and p.stem not in labels), None)
-        need(not bare, f"{bare}: a {'validation' if part == 'val' else part} image without a label in {path / 'labels' / part}; label it or move it to images/train")
+        need(not bare, f"{bare}: an image without a label in {path / 'labels' / part}; label it or move it to images/train")
         need(labels, f"{path / 'labels' / part}: holds no label; paint at least one")
         return [Sample(p.stem, str(p), str(labels[p.stem]) if p.stem in labels else None) for p in images]
     train, val, test = split("train"), split("val"), split("test") if (path / "labels" / "test").is_dir() else []

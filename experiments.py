@@ -5,7 +5,7 @@
     python experiments.py --list                     # what it would run, and what is there
     python experiments.py --results docs             # go on from the committed results, and write there
 
-Same split, same first weights and same number of steps per seed for every method. The learning rate of a method is chosen among two by
+Same split, same first weights and same number of steps per seed for every method. The learning rate of a method is chosen among two or three by
 the validation scenes at seed 0; the table is measured on the test scenes. Supervised runs report the student, the others the teacher, each the
 best of its validations. Every finished run is a line of results.csv, and is not run again; the folder holds besides results.md and, with
 matplotlib installed, curves.png; streets.png shows images, truth and predictions.

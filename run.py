@@ -360,13 +360,8 @@ def load_trained(args: argparse.Namespace, device) -> tuple[nn.Module, dict]:
     return model.to(device).eval(), config
 
 
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """checkpoint/state.pt: everything a resumed run needs. Random state is no part of it: every draw is a function of (seed, step)."""
-    write_torch(folder / "checkpoint" / "state.pt", state)
-
-
 def load_checkpoint(folder: Path) -> dict | None:
-    """The saved state, or None for a run that was stopped before its first checkpoint."""
+    """checkpoint/state.pt, or None for a run that was stopped before its first checkpoint."""
     for partial in [*folder.glob(".*.part"), *folder.glob("checkpoint/.*.part")]:  # of a run killed while it wrote
         partial.unlink(missing_ok=True)  # every process tries
     path = folder / "checkpoint" / "state.pt"
@@ -696,9 +691,11 @@ class Record:
         if not torch.isfinite(torch.stack(torch._foreach_norm(list(model.parameters())))).all():  # the same on every process
             raise UserError(f"the weights were not finite after step {self.step - 1}, though the losses were; the last good checkpoint is kept. A smaller --lr usually helps")
         if self.main:
-            save_checkpoint(self.folder, {"step": self.step, "best": self.best, "history": self.history, "skipped": self.skipped, "model": model.state_dict(),
-                                          "optimizer": optimizer.state_dict(), "teacher": teacher.state_dict() if teacher else None,
-                                          "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None})
+            # random state is no part of it: every draw is a function of (seed, step)
+            state = {"step": self.step, "best": self.best, "history": self.history, "skipped": self.skipped, "model": model.state_dict(),
+                     "optimizer": optimizer.state_dict(), "teacher": teacher.state_dict() if teacher else None,
+                     "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None}
+            write_torch(self.folder / "checkpoint" / "state.pt", state)
         if self.stopping and self.step < self.args.iterations:
             self.bar.close()
             self.accelerator.wait_for_everyone()

@@ -137,7 +137,7 @@ def test_a_users_folder(tmp_path, capsys):
             assert load("folder", root).test == []
     assert [s.label for s in load("folder", root).test] == [str(p) for p in sorted((root / "labels/test").iterdir())]
     (root / "labels/test/val_000.png").unlink()
-    with pytest.raises(UserError, match="images/test/val_000.png: a test image without a label"):
+    with pytest.raises(UserError, match="images/test/val_000.png: an image without a label"):
         load("folder", root)
 
 
