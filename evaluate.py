@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 import run
-from data import IGNORE, UserError
+from data import IGNORE, UserError, need
 from models import upsample
 
 
@@ -172,8 +172,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="where the results go (default: evaluation-SPLIT.json in the run's folder, or here for a checkpoint)")
     args = parser.parse_args()
     path = Path(args.json or Path(args.run or ".") / f"evaluation-{args.split}.json")
-    if args.json and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise UserError(f"--json {path}: {path.parent} is no folder that can be written to")
+    need(not args.json or path.parent.is_dir() and os.access(path.parent, os.W_OK), f"--json {path}: {path.parent} is no folder that can be written to")
 
     accelerator = Accelerator()
     model, config = run.load_trained(args, accelerator.device)
@@ -186,8 +185,7 @@ def main() -> None:
         raise UserError(f"--dataset {dataset}: has {len(theirs)} classes, the model {len(ours)}; they differ from class {where} on "
                         f"({' / '.join(c[where] if where < len(c) else 'none' for c in (source.classes, config['classes']))}) and must be the same")
     samples = [s for s in getattr(source, args.split) if s.label]
-    if not samples:
-        raise UserError(f"--split {args.split}: {dataset} has no labelled images there")
+    need(samples, f"--split {args.split}: {dataset} has no labelled images there")
     loader = evaluation_loader(source, samples, args.batch_size, args.num_workers, accelerator, args.full_resolution)
     window = tuple(config["crop_size"]) if args.sliding_window else None
     run.STARTED = True  # a process that meets a broken file says so itself

@@ -53,8 +53,8 @@ VARIANTS = {  # of ClassMix + ReCo, at its rate
     "separate passes": RECO,  # without --joint-forward, as train_semi.py does by default
 }
 # How long, with which network, and the rates to choose from. LIGHT, half the width and half the batch of the quick start, is what the command runs by itself:
-# its runs fit into two hours on two slow cores. LIGHT and WIDE pass labelled and unlabelled images through the student together (README, "How it
-# works": it costs mIoU; "separate passes" shows how much).
+# its runs fit into two hours on two slow cores. It alone passes labelled and unlabelled images through the student together (README, "How it works":
+# it costs mIoU; "separate passes" shows how much).
 SMALL = ["--channels", "32", "--low-channels", "16"]
 LIGHT = dict(steps=1000, rates=(0.1, 0.2), network=SMALL,
              script={"train_semi.py": ["--batch-size", "4", "--joint-forward"], "train_supervised.py": ["--batch-size", "8"]})
@@ -64,7 +64,7 @@ SPARSE = LONG | dict(rates=(0.05, 0.1, 0.2))  # few labelled pixels in a batch: 
 HAND = dict(steps=2000, rates=(0.2, 0.4), network=["--num-workers", "0"], script={"train_semi.py": ["--warmup-iterations", "600"]})
 HAND_LIGHT = dict(steps=2000, rates=(0.2, 0.4), network=[*SMALL, "--crop-size", "48", "--num-workers", "0"],  # the teacher never starts
                   script={"train_semi.py": ["--batch-size", "4", "--warmup-iterations", "600"], "train_supervised.py": ["--batch-size", "8"]})
-WIDE = dict(steps=1500, rates=(0.2, 0.4), network=[], script={"train_semi.py": ["--joint-forward"]})  # the quick start's own network and batch
+QUICK = dict(steps=3000, rates=(0.2, 0.4), network=[], script={})  # the quick start's own network, batch and length
 BEYOND = ["independent draws", "teacher keys", "moving-average prototypes", "weighted negatives"]
 DIGITS = ["--dataset", "folder", "--data-path", HANDWRITING, "--recipe", "street", "--num-labeled", "60"]
 SETTINGS = {  # the labels, the methods compared on them, how, and the setting whose choice of the rate holds here
@@ -76,7 +76,7 @@ SETTINGS = {  # the labels, the methods compared on them, how, and the setting w
     "100 labels, long": (["--num-labeled", "100"], MAIN, LONG, "20 labels, long"),
     "p0, long": (["--label-ratio", "p0"], MAIN, SPARSE, "p0, long"),
     "p5, long": (["--label-ratio", "p5"], MAIN, SPARSE, "p0, long"),
-    "20 labels, wide": (["--num-labeled", "20"], MAIN, WIDE, "20 labels, wide"),
+    "20 labels, quick start": (["--num-labeled", "20"], MAIN, QUICK, "20 labels, quick start"),
     "handwriting": (DIGITS, MAIN, HAND, "handwriting"),
     "handwriting, light": (DIGITS, MAIN, HAND_LIGHT, "handwriting, light"),
 }
@@ -114,8 +114,7 @@ def measure(results: Path, setting: str, method: str, rate: float, seed: int) ->
     goes_on = (folder / "config.json").exists()
     for command in ([*words, "--out-dir", folder, *(["--resume"] if goes_on else [])], ["evaluate.py", folder, "--split", "test", "--num-workers", "0", "--batch-size", "50"]):
         done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True)
-        if done.returncode:
-            raise data.UserError(f"{' '.join(map(str, command))}: failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+        data.need(not done.returncode, f"{' '.join(map(str, command))}: failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
     history, test = json.loads((folder / "history.json").read_text()), json.loads((folder / "evaluation-test.json").read_text())
     row = {"setting": setting, "method": method, "lr": f"{rate:g}", "seed": str(seed), "validation miou": f"{max(h['miou'] for h in history):.4f}",
            "test miou": f"{test['miou']:.4f}", "test boundary iou": f"{test['boundary_iou']:.4f}", "seconds": "" if goes_on else str(round(time.monotonic() - begun)),
@@ -151,8 +150,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the comparisons with the number of runs that are there, and stop")
     args = parser.parse_args()
     wanted = [pair for pair in PAIRS if ({*pair, ": ".join(pair)} & set(args.only) if args.only else SETTINGS[pair[0]][2] is LIGHT and pair[1] in METHODS)]
-    if not wanted:
-        raise data.UserError(f"--only {' '.join(args.only)}: fits none of {', '.join(map(': '.join, PAIRS))}")
+    data.need(wanted, f"--only {' '.join(args.only)}: fits none of {', '.join(map(': '.join, PAIRS))}")
     tuned = sorted({tuned_on(*pair) for pair in wanted}, key=PAIRS.index)
     if args.list:
         there = [(row["setting"], row["method"]) for row in read_results(args.results)]
@@ -198,7 +196,8 @@ def report(results: Path) -> None:
             row["steps to 90 % of ClassMix"] = next((step for step, value in curve_of(row).items() if value >= goal), "never")
     write_results(results, sorted(rows, key=lambda row: (PAIRS.index((row["setting"], row["method"])), row["lr"], row["seed"])))
 
-    lines = ["| setting | method | rate | seeds | test mIoU | boundary IoU | steps to 90 % of ClassMix |", "|---|---|---|---|---|---|---|"]
+    lines = ["Test mIoU, mean and range of the seeds; below, every mean with its rate and boundary IoU.", "", *pivot(table, SETTINGS, METHODS), "", *pivot(table, ["ClassMix + ReCo", *VARIANTS], ["20 labels", "p5"]), "",
+             "| setting | method | rate | seeds | test mIoU | boundary IoU | steps to 90 % of ClassMix |", "|---|---|---|---|---|---|---|"]
     for setting, method in PAIRS:
         runs = [table[setting, method, str(seed)] for seed in SEEDS if (setting, method, str(seed)) in table]
         if runs:
@@ -208,6 +207,15 @@ def report(results: Path) -> None:
     print("\n".join(lines))
     draw_curves(results, table)
     draw_streets(results, {method: float(table[SCENES, method, "0"]["lr"]) for method in MAIN if (SCENES, method, "0") in table})
+
+
+def pivot(table: dict, rows, columns) -> list[str]:
+    """Mean test mIoU of what has been run with all seeds. `rows` and `columns`: settings and methods, or methods and settings."""
+    cells = {frozenset(pair): spread(runs, "test miou") for pair in PAIRS if len(runs := [row for key, row in table.items() if key[:2] == pair]) == len(SEEDS)}
+    rows = [r for r in rows if any(frozenset((r, c)) in cells for c in columns)]
+    columns = [c for c in columns if any(frozenset((r, c)) in cells for r in rows)]
+    lines = [["", *columns], ["---"] * (1 + len(columns)), *([r, *(cells.get(frozenset((r, c)), "") for c in columns)] for r in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def spread(runs: list[dict], field: str) -> str:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import data
 import run
-from data import UserError
+from data import UserError, need
 from evaluate import predict_probabilities, tile_starts
 from models import upsample
 
@@ -38,16 +38,13 @@ def find_pictures(paths: list[str], out_dir: Path) -> dict[Path, Path]:
         if path.is_file():
             found.setdefault(path.resolve(), (path, Path(path.name)))
             continue
-        if not path.is_dir():
-            raise UserError(f"{path}: no such picture or folder")
+        need(path.is_dir(), f"{path}: no such picture or folder")
         root, out = path.resolve(), out_dir.resolve()
-        if root == out:
-            raise UserError(f"--out-dir {out_dir}: is the folder of the pictures; choose another, or the masks would be taken for pictures next time")
+        need(root != out, f"--out-dir {out_dir}: is the folder of the pictures; choose another, or the masks would be taken for pictures next time")
         files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in data.IMAGE_SUFFIXES and p.is_file()
                  and not any(part.startswith(".") for part in p.relative_to(path).parts)
                  and not (root in out.parents and p.resolve().is_relative_to(out))]  # earlier predictions
-        if not files:
-            raise UserError(f"{path}: holds no picture ({', '.join(data.IMAGE_SUFFIXES)}), nor do its sub-folders")
+        need(files, f"{path}: holds no picture ({', '.join(data.IMAGE_SUFFIXES)}), nor do its sub-folders")
         for p in files:
             found.setdefault(p.resolve(), (p, (Path(root.name) if several else Path()) / p.relative_to(path)))
     targets, taken = {}, set()
@@ -58,8 +55,7 @@ def find_pictures(paths: list[str], out_dir: Path) -> dict[Path, Path]:
                 break
         taken.update(o.lower() for o in outputs)
         targets[picture] = out_dir / stem
-        if any(Path(o).resolve() in found for o in outputs):
-            raise UserError(f"--out-dir {out_dir}: the mask of {picture} would be written over a picture; choose another")
+        need(not any(Path(o).resolve() in found for o in outputs), f"--out-dir {out_dir}: the mask of {picture} would be written over a picture; choose another")
     return targets
 
 
@@ -170,12 +166,9 @@ def main() -> None:
     parser.add_argument("--onnx", metavar="FILE", help="export the network, with normalisation and upsampling, for any size")
     args = parser.parse_intermixed_args()
     args.run = None if args.checkpoint else args.paths.pop(0) if args.paths else None
-    if args.dataset and not args.checkpoint:
-        raise UserError("--dataset goes with --checkpoint; a run knows its own")
-    if (args.run or args.checkpoint) and not args.paths and not args.onnx:
-        raise UserError(f"name pictures or folders after {args.run or 'the options'}, or --onnx FILE")
-    if args.paths and not args.out_dir:
-        raise UserError("--out-dir DIR is missing: where the masks go")
+    need(args.checkpoint or not args.dataset, "--dataset goes with --checkpoint; a run knows its own")
+    need(args.paths or args.onnx or not (args.run or args.checkpoint), f"name pictures or folders after {args.run or 'the options'}, or --onnx FILE")
+    need(args.out_dir or not args.paths, "--out-dir DIR is missing: where the masks go")
     warnings.filterwarnings("ignore", module="PIL")  # about metadata, or a size that is dealt with
 
     targets = find_pictures(args.paths, Path(args.out_dir)) if args.paths else {}

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import models
-from data import UserError
+from data import UserError, need
 from mixing import STRATEGIES
 
 # Defaults by data set. lr is for `batch_size` images per step (the labelled ones; train_semi.py adds as many unlabelled,
@@ -148,18 +148,15 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
         action.default = argparse.SUPPRESS
     given = vars(parser.parse_args(argv))
     trackers = ["none", *map(str, get_available_trackers())]
-    if args.log_with not in trackers:
-        raise UserError(f"--log-with {args.log_with}: no such tracker, or not installed; there are {', '.join(trackers)}")
+    need(args.log_with in trackers, f"--log-with {args.log_with}: no such tracker, or not installed; there are {', '.join(trackers)}")
     args.method = (args.mixing_strategy if semi else "supervised") + ("-reco" if args.reco else "")
     if args.resume:
         folder = Path(args.out_dir) if args.out_dir else newest(default_folder(args))
         saved = read_config(folder)["arguments"]
-        if saved["script"] != parser.prog:
-            raise UserError(f"--resume: {folder} is a run of {saved['script']}, not of {parser.prog}")
+        need(saved["script"] == parser.prog, f"--resume: {folder} is a run of {saved['script']}, not of {parser.prog}")
         differing = [f"--{k.replace('_', '-')} {given[k]} (the run: {saved.get(k)})" for k in given
                      if k not in HARMLESS and normal(saved.get(k), k) != normal(given[k], k)]
-        if differing:
-            raise UserError(f"--resume {folder}: {', '.join(differing)} would change the result; leave it out, or start a new run")
+        need(not differing, f"--resume {folder}: {', '.join(differing)} would change the result; leave it out, or start a new run")
         args = argparse.Namespace(**{**vars(args), **saved, **{k: v for k, v in given.items() if k in HARMLESS}, "out_dir": str(folder), "resume": True})
         return args
 
@@ -184,30 +181,18 @@ def parse(parser: Parser, semi: bool, argv=None) -> argparse.Namespace:
     args.save_interval = args.save_interval or args.val_interval
     args.crop_size = normal(args.crop_size, "crop_size")
 
-    if args.reco and args.model == "deeplabv3plus":
-        raise UserError("--reco needs the representation head: use --model reconet (deeplabv3plus has none)")
-    if args.label_ratio and "num_labeled" in given:
-        raise UserError("--label-ratio and --num-labeled exclude each other: partial labels are on every image")
-    if args.labeled_list and ("num_labeled" in given or args.label_ratio):
-        raise UserError("--labeled-list excludes --num-labeled and --label-ratio: the list says which images are labelled")
-    if len(args.crop_size) > 2 or min(args.crop_size) < 16:
-        raise UserError(f"--crop-size {' '.join(map(str, args.crop_size))}: one side or height and width, 16 or more")
-    if args.scale[0] > args.scale[1]:
-        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: the smaller one stands first")
-    if not args.reco:
-        idle = [k for k in given if k.startswith("reco_") and not (semi and k == "reco_threshold")]
-        if idle:
-            raise UserError(f"--{idle[0].replace('_', '-')} has no meaning without --reco")
-    for name, without, there in (("rep_dim", "--model reconet", args.model == "reconet"), ("weak_threshold", "--reco", args.reco),
+    need(not args.reco or args.model == "reconet", "--reco needs the representation head: use --model reconet (deeplabv3plus has none)")
+    need(not args.label_ratio or "num_labeled" not in given, "--label-ratio and --num-labeled exclude each other: partial labels are on every image")
+    need(not args.labeled_list or not ("num_labeled" in given or args.label_ratio), "--labeled-list excludes --num-labeled and --label-ratio: the list says which images are labelled")
+    need(len(args.crop_size) <= 2 and min(args.crop_size) >= 16, f"--crop-size {' '.join(map(str, args.crop_size))}: one side or height and width, 16 or more")
+    need(args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: the smaller one stands first")
+    idle = [k for k in given if k.startswith("reco_") and not (semi and k == "reco_threshold")]
+    for name, without, there in (*((k, "--reco", args.reco) for k in idle), ("rep_dim", "--model reconet", args.model == "reconet"), ("weak_threshold", "--reco", args.reco),
                                  ("cache_dir", "a data set on disk", args.dataset != "street"), ("pretrained", "a network that begins here (--init-from brings its weights)", not args.init_from)):
-        if name in given and not there:
-            raise UserError(f"--{name.replace('_', '-')} has no meaning without {without}")
-    if args.batch_size < 2:
-        raise UserError(f"--batch-size {args.batch_size}: batch norm needs two images or more, and mixing a neighbour")
-    if "max_size" in given and args.dataset != "folder":
-        raise UserError("--max-size has a meaning with --dataset folder alone; the other data sets have a fixed size")
-    if semi and args.warmup_iterations >= args.iterations:
-        raise UserError(f"--warmup-iterations {args.warmup_iterations}: the run has only {args.iterations} iterations, so no unlabelled image would be used")
+        need(name not in given or there, f"--{name.replace('_', '-')} has no meaning without {without}")
+    need(args.batch_size >= 2, f"--batch-size {args.batch_size}: batch norm needs two images or more, and mixing a neighbour")
+    need("max_size" not in given or args.dataset == "folder", "--max-size has a meaning with --dataset folder alone; the other data sets have a fixed size")
+    need(not semi or args.warmup_iterations < args.iterations, f"--warmup-iterations {getattr(args, 'warmup_iterations', 0)}: the run has only {args.iterations} iterations, so no unlabelled image would be used")
     return args
 
 
@@ -230,8 +215,7 @@ def numbered(folder: Path):
 
 def newest(folder: Path) -> Path:
     taken = [p for p in numbered(folder) if p.exists()] if folder.exists() else []
-    if not taken:
-        raise UserError(f"--resume: there is no run {folder}; name it with --out-dir")
+    need(taken, f"--resume: there is no run {folder}; name it with --out-dir")
     return taken[-1]
 
 
@@ -281,8 +265,7 @@ def write_weights(folder: Path, model: nn.Module) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run folder")
+    need(folder.is_dir(), f"{folder}: no such run folder")
     try:
         config = json.loads((folder / "config.json").read_text())
         dataset, classes, colours = config["arguments"]["dataset"], config["classes"], np.asarray(config["palette"], np.uint8)
@@ -334,14 +317,11 @@ def build_model(config: dict) -> nn.Module:
 
 def load_trained(args: argparse.Namespace, device) -> tuple[nn.Module, dict]:
     """The trained network in eval mode, and its config, of a run or of a published ReCo checkpoint."""
-    if bool(args.run) == bool(args.checkpoint):
-        raise UserError("name either a run's folder or --checkpoint FILE")
+    need(bool(args.run) != bool(args.checkpoint), "name either a run's folder or --checkpoint FILE")
     if args.checkpoint:
-        if not args.dataset or args.dataset in ("street", "folder"):
-            raise UserError("--checkpoint needs --dataset cityscapes, pascal or sun: the file does not say what it was trained on")
+        need(args.dataset not in (None, "street", "folder"), "--checkpoint needs --dataset cityscapes, pascal or sun: the file does not say what it was trained on")
         state = read_torch(Path(args.checkpoint))
-        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise UserError(f"{args.checkpoint}: is no dictionary of tensors, as the published checkpoints are")
+        need(isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()), f"{args.checkpoint}: is no dictionary of tensors, as the published checkpoints are")
         classes, palette = {"cityscapes": ([c[1] for c in data.CITYSCAPES], [c[2] for c in data.CITYSCAPES]), "pascal": (data.PASCAL, data.voc_palette(21)),
                             "sun": (data.SUN, data.voc_palette(38)[1:])}[args.dataset]
         config = {"model": {"num_classes": len(classes), "backbone": "resnet101", "rep_dim": 256}, "classes": classes, "palette": palette,
@@ -373,12 +353,15 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     # DDP sends rank 0's batch-norm statistics round at every forward: all processes evaluate and save the same network
     # a resumed run keeps its precision (the launcher says "no" where nothing was asked for; Record refuses another)
     keep = getattr(args, "mixed_precision", None) if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no" else None
-    accelerator = Accelerator(mixed_precision=keep, log_with=None if args.log_with == "none" else args.log_with, project_dir=".", dynamo_backend="inductor" if args.compile else None,
-                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
+    try:
+        accelerator = Accelerator(mixed_precision=keep, log_with=None if args.log_with == "none" else args.log_with, project_dir=".", dynamo_backend="inductor" if args.compile else None,
+                                  kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
+    except ValueError as error:  # fp16 on a CPU
+        raise UserError(f"--mixed_precision {keep or os.environ.get('ACCELERATE_MIXED_PRECISION')}: {error}") from None
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(cores())  # `accelerate launch` allows a CPU run one thread, plain python all
-    if accelerator.num_processes > 1 and args.reco and args.reco_sampling == "independent":
-        raise UserError("--reco-sampling independent runs on one process only: its keys are too many to exchange")
+    need(not (args.reco and args.reco_sampling == "independent") or accelerator.num_processes == 1,
+         "--reco-sampling independent runs on one process only: its keys are too many to exchange")
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -417,8 +400,8 @@ def new_model(args: argparse.Namespace, source: data.Source, fresh: bool = True)
     model = models.DeepLabV3Plus(**shape, pretrained=args.pretrained and fresh and not args.init_from)
     if args.init_from and fresh:
         weights = read_weights(Path(args.init_from) / "model.safetensors")
-        if read_config(Path(args.init_from))["classes"] != source.classes:
-            raise UserError(f"--init-from {args.init_from}: was trained on other classes than those of --dataset {args.dataset}")
+        need(read_config(Path(args.init_from))["classes"] == source.classes,
+             f"--init-from {args.init_from}: was trained on other classes than those of --dataset {args.dataset}")
         if args.model == "deeplabv3plus":
             weights = {k: v for k, v in weights.items() if not k.startswith("representation.")}
         load_weights(model, weights, f"--init-from {args.init_from}")
@@ -470,8 +453,7 @@ class Record:
             names = (folder / "labeled.txt").read_text().split("\n")[:-1] if (folder / "labeled.txt").exists() else None
             if names is not None and names != [s.name for s in labelled]:
                 differing.append("the labelled images (the data have changed)")
-            if differing:
-                raise UserError(f"--resume {folder}: {', '.join(differing)} would change the result")
+            need(not differing, f"--resume {folder}: {', '.join(differing)} would change the result")
         self.names_labelled, self.begun, self.writer = [s.name for s in labelled], False, None
         self.announce(labelled, unlabelled, partial)
         self.bar = None
@@ -482,8 +464,8 @@ class Record:
     def begin(self) -> None:
         """Open the run's folder: after the first step (--init-from: before its first validation), so that bad input found until then leaves nothing behind."""
         self.begun, args, accelerator = True, self.args, self.accelerator
-        if self.main and not args.resume and (self.folder / "config.json").exists():
-            raise UserError(f"{self.folder}: another run that began meanwhile took this folder; begin again, or choose one with --out-dir")
+        need(not self.main or args.resume or not (self.folder / "config.json").exists(),
+             f"{self.folder}: another run that began meanwhile took this folder; begin again, or choose one with --out-dir")
         self.bar = tqdm(total=args.iterations, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 30)  # a log file gets a line every half minute
         if self.main and not args.resume:

@@ -28,7 +28,8 @@ def test_measures_resumes_and_reports(tmp_path, monkeypatch, capsys):
     assert read_config(experiments.folder_of(SETTING, "ClassMix + ReCo", 0.2, 0))["arguments"]["joint_forward"]
     variant = experiments.arguments_of(SETTING, "active queries, random keys", 0.2, 0)
     assert [word for word in variant if word not in rows[0]["arguments"].split()] == ["--reco-random-keys"]
-    assert (tmp_path / "results" / "streets.png").stat().st_size > 10_000 and f"| {SETTING} | ClassMix + ReCo | 0.2 | 1 |" in (tmp_path / "results" / "results.md").read_text()
+    assert (tmp_path / "results" / "streets.png").stat().st_size > 10_000 and f"| {SETTING} | ClassMix + ReCo | 0.2 | 1 |" in (report := (tmp_path / "results" / "results.md").read_text())
+    assert f"| {SETTING} | {100 * float(rows[0]['test miou']):.1f} (" in report  # settings by methods, first of all
 
     before = file.read_bytes()
     monkeypatch.setattr(experiments.subprocess, "run", None)  # a second call finds everything there
