@@ -353,11 +353,9 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     # DDP sends rank 0's batch-norm statistics round at every forward: all processes evaluate and save the same network
     # a resumed run keeps its precision (the launcher says "no" where nothing was asked for; Record refuses another)
     keep = getattr(args, "mixed_precision", None) if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no" else None
-    try:
-        accelerator = Accelerator(mixed_precision=keep, log_with=None if args.log_with == "none" else args.log_with, project_dir=".", dynamo_backend="inductor" if args.compile else None,
-                                  kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
-    except ValueError as error:  # fp16 on a CPU
-        raise UserError(f"--mixed_precision {keep or os.environ.get('ACCELERATE_MIXED_PRECISION')}: {error}") from None
+    accelerator = Accelerator(mixed_precision=keep, log_with=None if args.log_with == "none" else args.log_with, project_dir=".", dynamo_backend="inductor" if args.compile else None,
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
+    need(accelerator.mixed_precision != "fp16" or accelerator.device.type != "cpu", "--mixed_precision fp16 needs a GPU; a CPU has bf16 and no (float32)")
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(cores())  # `accelerate launch` allows a CPU run one thread, plain python all
     need(not (args.reco and args.reco_sampling == "independent") or accelerator.num_processes == 1,

@@ -1,4 +1,6 @@
 """Run a script of the repository as a user does."""
+import atexit
+import functools
 import json
 import os
 import subprocess
@@ -7,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "16", "--low-channels", "8", "--rep-dim", "8", "--crop-size", "48", "--num-workers", "0"]
+ENVIRONMENT = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run_script(*command, processes: int = 1, timeout: float = 300, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
@@ -14,21 +17,32 @@ def run_script(*command, processes: int = 1, timeout: float = 300, cwd=ROOT, **e
     command = [str(part) for part in command]
     command[0] = str(ROOT / command[0])
     launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run([*launcher, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run([*launcher, *command], cwd=cwd, env={**os.environ, **ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=timeout)
 
 
-def check(*command, **options) -> str:
-    """Its standard output; the run must succeed."""
-    done = run_script(*command, **options)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+@functools.cache
+def forks() -> subprocess.Popen:
+    server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "many.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT})
+    atexit.register(server.kill)
+    return server
 
 
 def run_many(commands: list, cwd=ROOT, **environment) -> list:
-    """[status, stdout, stderr] of each command line; the libraries are imported once for all (many.py)."""
-    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    commands = [[str(word) for word in command] for command in commands]
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "many.py")], input=json.dumps(commands), capture_output=True, text=True, env=env, cwd=cwd)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    """[status, stdout, stderr] of each command line. The libraries are imported once for all (many.py), which saves several seconds each."""
+    server = forks()
+    environment = {key: value for key, value in os.environ.items() if key.startswith("XDG_")} | environment
+    server.stdin.write(json.dumps({"commands": [[str(word) for word in command] for command in commands], "cwd": str(cwd), "environment": environment}) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
+
+
+def fork(*command, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+    """What `run_script` returns, by `run_many`."""
+    return subprocess.CompletedProcess(command, *run_many([command], cwd, **environment)[0])
+
+
+def check(*command, processes: int = 1, **options) -> str:
+    """Its standard output; the run must succeed."""
+    done = fork(*command, **options) if processes == 1 else run_script(*command, processes=processes, **options)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cli import ROOT, run_many, run_script
+from cli import ROOT, fork, run_many, run_script
 from safetensors.torch import load_file
 
 import data
@@ -122,7 +122,7 @@ def test_signals_save_at_the_next_step_and_say_how_to_go_on(processes, number, u
 
 def test_resuming_with_other_arguments_is_refused(tmp_path):
     folder = tmp_path / "run"
-    done = run_script("train_supervised.py", *OPTIONS[2:10], "--iterations", "2", "--batch-size", "2", "--log-with", "none", "--out-dir", folder)
+    done = fork("train_supervised.py", *OPTIONS[2:10], "--iterations", "2", "--batch-size", "2", "--log-with", "none", "--out-dir", folder)
     assert done.returncode == 0, done.stderr
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     refused = [(["train_supervised.py", "--seed", "1"], "--seed 1 (the run: 0)"), (["train_supervised.py", "--lr", "0.5"], "--lr 0.5"),
@@ -132,12 +132,12 @@ def test_resuming_with_other_arguments_is_refused(tmp_path):
         assert status == 2 and culprit in err and len(err.splitlines()) == 1, (words, err)
     done = run_script("train_supervised.py", "--out-dir", folder, "--resume", processes=2)
     assert done.returncode != 0 and "processes 2 (the run: 1)" in done.stderr
-    done = run_script("train_supervised.py", "--out-dir", folder, "--resume", ACCELERATE_MIXED_PRECISION="bf16")  # as `accelerate launch --mixed_precision bf16`
+    done = fork("train_supervised.py", "--out-dir", folder, "--resume", ACCELERATE_MIXED_PRECISION="bf16")  # as `accelerate launch --mixed_precision bf16`
     assert done.returncode == 2 and "mixed precision bf16 (the run: no)" in done.stderr
-    done = run_script("train_supervised.py", "--out-dir", folder, "--resume", ACCELERATE_MIXED_PRECISION="fp16")  # a CPU has none
+    done = fork("train_supervised.py", "--out-dir", folder, "--resume", ACCELERATE_MIXED_PRECISION="fp16")  # a CPU has none
     assert done.returncode == 2 and "--mixed_precision fp16" in done.stderr and "Traceback" not in done.stderr
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    done = run_script("train_supervised.py", "--out-dir", folder, "--resume", "--num-workers", "1")  # harmless: nothing is left to do
+    done = fork("train_supervised.py", "--out-dir", folder, "--resume", "--num-workers", "1")  # harmless: nothing is left to do
     assert done.returncode == 0, done.stderr
 
 
@@ -155,8 +155,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
     folder = tmp_path / "run"
-    done = run_script("train_supervised.py", *OPTIONS[2:10], "--iterations", "40", "--lr", "1e12", "--save-interval", "1", "--val-interval", "40", "--log-interval", "1",
-                      "--batch-size", "2", "--log-with", "none", "--out-dir", folder)
+    done = fork("train_supervised.py", *OPTIONS[2:10], "--iterations", "40", "--lr", "1e12", "--save-interval", "1", "--val-interval", "40", "--log-interval", "1",
+                "--batch-size", "2", "--log-with", "none", "--out-dir", folder)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search(r"the (loss was not finite at|weights were not finite after) step \d+", done.stderr), done.stderr
     path = folder / "checkpoint" / "state.pt"  # there is none where the first step went wrong
@@ -166,8 +166,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
 def test_the_offending_batch_is_written(tmp_path):
     """With checkpoints far apart the logging interval finds the step, tells the parts and writes what the step had seen."""
     folder = tmp_path / "run"
-    done = run_script("train_supervised.py", *OPTIONS[2:10], "--iterations", "40", "--lr", "1e12", "--val-interval", "40", "--log-interval", "4", "--batch-size", "2",
-                      "--log-with", "none", "--out-dir", folder)
+    done = fork("train_supervised.py", *OPTIONS[2:10], "--iterations", "40", "--lr", "1e12", "--val-interval", "40", "--log-interval", "4", "--batch-size", "2",
+                "--log-with", "none", "--out-dir", folder)
     found = re.search(r"the loss was not finite at step (\d+) \(.*loss/supervised (nan|inf)", done.stderr)
     assert done.returncode == 2 and found, done.stderr
     (image, label, index), = torch.load(folder / f"nonfinite-step{found[1]}-process0.pt", weights_only=True)
@@ -176,8 +176,8 @@ def test_the_offending_batch_is_written(tmp_path):
 
 def test_a_bad_step_before_the_unlabelled_images_join_is_told_in_time(tmp_path):
     """The logging interval lies beyond the end of the warm-up, from where on the step has more parts."""
-    done = run_script(*OPTIONS, "--num-workers", "0", "--warmup-iterations", "6", "--log-interval", "9", "--save-interval", "9", "--val-interval", "9", "--lr", "1e12",
-                      "--log-with", "none", "--out-dir", tmp_path / "run")
+    done = fork(*OPTIONS, "--num-workers", "0", "--warmup-iterations", "6", "--log-interval", "9", "--save-interval", "9", "--val-interval", "9", "--lr", "1e12",
+                "--log-with", "none", "--out-dir", tmp_path / "run")
     assert done.returncode == 2 and re.fullmatch(r"train_semi.py: the loss was not finite at step [1-5] \(loss/total (nan|inf), loss/supervised (nan|inf)\);.*", done.stderr.splitlines()[-1]), done.stderr
 
 
@@ -208,7 +208,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "state.pt: cannot be written" in done.stderr
     assert not list(folder.rglob("*.part")) and not (folder / "checkpoint" / "state.pt").exists()
-    done = run_script("train_supervised.py", "--out-dir", folder, "--resume")  # the disk has room again
+    done = fork("train_supervised.py", "--out-dir", folder, "--resume")  # the disk has room again
     assert done.returncode == 0, done.stderr
     assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["step"] == 4
 
