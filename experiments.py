@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the comparisons with the number of runs that are there, and stop")
     args = parser.parse_args()
     wanted = [pair for pair in PAIRS if ({*pair, ": ".join(pair)} & set(args.only) if args.only else SETTINGS[pair[0]][2] is LIGHT and pair[1] in METHODS)]
-    data.need(wanted, f"--only {' '.join(args.only)}: fits none of {', '.join(map(': '.join, PAIRS))}")
+    data.need(wanted, f"--only {' '.join(args.only or [])}: fits none of {', '.join(map(': '.join, PAIRS))}")
     tuned = sorted({tuned_on(*pair) for pair in wanted}, key=PAIRS.index)
     if args.list:
         there = [(row["setting"], row["method"]) for row in read_results(args.results)]
