@@ -62,7 +62,7 @@ LONG = dict(steps=2000, rates=(0.1, 0.2), network=[*SMALL, "--crop-size", "48"],
             script={"train_semi.py": ["--batch-size", "4"], "train_supervised.py": ["--batch-size", "8"]})
 SPARSE = LONG | dict(rates=(0.05, 0.1, 0.2))  # few labelled pixels in a batch: noisier gradients
 HAND = dict(steps=2000, rates=(0.2, 0.4), network=["--num-workers", "0"], script={"train_semi.py": ["--warmup-iterations", "600"]})
-HAND_LIGHT = dict(steps=2000, rates=(0.2, 0.4), network=[*SMALL, "--crop-size", "48", "--num-workers", "0"],  # the teacher never starts
+HAND_LIGHT = dict(steps=2000, rates=(0.2, 0.4), network=[*SMALL, "--crop-size", "48", "--num-workers", "0"],  # the teacher starts late
                   script={"train_semi.py": ["--batch-size", "4", "--warmup-iterations", "600"], "train_supervised.py": ["--batch-size", "8"]})
 QUICK = dict(steps=3000, rates=(0.2, 0.4), network=[], script={})  # the quick start's own network, batch and length
 BEYOND = ["independent draws", "teacher keys", "moving-average prototypes", "weighted negatives"]
@@ -80,7 +80,7 @@ SETTINGS = {  # the labels, the methods compared on them, how, and the setting w
     "handwriting": (DIGITS, MAIN, HAND, "handwriting"),
     "handwriting, light": (DIGITS, MAIN, HAND_LIGHT, "handwriting, light"),
 }
-SCENES = "20 labels, long"  # the setting that streets.png shows
+SCENES = "20 labels, quick start"  # the setting that streets.png shows
 PAIRS = [(setting, method) for setting, (_, methods, *_) in SETTINGS.items() for method in methods]
 FIELDS = ["setting", "method", "lr", "seed", "purpose", "validation miou", "test miou", "test boundary iou", "steps to 90 % of ClassMix", "seconds", "curve", "arguments"]
 LOCK = threading.Lock()
@@ -151,6 +151,8 @@ def main() -> None:
     args = parser.parse_args()
     wanted = [pair for pair in PAIRS if ({*pair, ": ".join(pair)} & set(args.only) if args.only else SETTINGS[pair[0]][2] is LIGHT and pair[1] in METHODS)]
     data.need(wanted, f"--only {' '.join(args.only or [])}: fits none of {', '.join(map(': '.join, PAIRS))}")
+    retired = next((pair for row in read_results(args.results) if (pair := (row["setting"], row["method"])) not in PAIRS), None)
+    data.need(not retired, f"{args.results / 'results.csv'}: holds runs of {': '.join(retired or ())}, which is no setting any more; remove these lines")
     tuned = sorted({tuned_on(*pair) for pair in wanted}, key=PAIRS.index)
     if args.list:
         there = [(row["setting"], row["method"]) for row in read_results(args.results)]
@@ -214,6 +216,8 @@ def pivot(table: dict, rows, columns) -> list[str]:
     cells = {frozenset(pair): spread(runs, "test miou") for pair in PAIRS if len(runs := [row for key, row in table.items() if key[:2] == pair]) == len(SEEDS)}
     rows = [r for r in rows if any(frozenset((r, c)) in cells for c in columns)]
     columns = [c for c in columns if any(frozenset((r, c)) in cells for r in rows)]
+    if not rows:
+        return []
     lines = [["", *columns], ["---"] * (1 + len(columns)), *([r, *(cells.get(frozenset((r, c)), "") for c in columns)] for r in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]
 
@@ -236,7 +240,7 @@ def draw_curves(results: Path, table: dict) -> None:
     settings = list(dict.fromkeys(s for s, _ in curves))
     if not settings:
         return
-    columns = min(5, len(settings))
+    columns = min(4, len(settings))
     rows = -(-len(settings) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), sharey=True, squeeze=False, layout="constrained")
     for axis in axes.flat[len(settings):]:

@@ -355,7 +355,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     keep = getattr(args, "mixed_precision", None) if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no" else None
     accelerator = Accelerator(mixed_precision=keep, log_with=None if args.log_with == "none" else args.log_with, project_dir=".", dynamo_backend="inductor" if args.compile else None,
                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)])
-    need(accelerator.mixed_precision != "fp16" or accelerator.device.type != "cpu", "--mixed_precision fp16 needs a GPU; a CPU has bf16 and no (float32)")
+    need(accelerator.mixed_precision != "fp16" or accelerator.device.type != "cpu", "mixed precision fp16 needs a GPU; on a CPU train with bf16 or without")
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(cores())  # `accelerate launch` allows a CPU run one thread, plain python all
     need(not (args.reco and args.reco_sampling == "independent") or accelerator.num_processes == 1,

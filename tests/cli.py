@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,18 +23,25 @@ def run_script(*command, processes: int = 1, timeout: float = 300, cwd=ROOT, **e
 
 @functools.cache
 def forks() -> subprocess.Popen:
-    server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "many.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT})
+    weights = tempfile.TemporaryDirectory()  # no pretrained weights, whoever runs the tests; the place is read on import
+    server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "many.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, **ENVIRONMENT, "HF_HOME": weights.name})
+    atexit.register(weights.cleanup)
     atexit.register(server.kill)
     return server
 
 
 def run_many(commands: list, cwd=ROOT, **environment) -> list:
     """[status, stdout, stderr] of each command line. The libraries are imported once for all (many.py), which saves several seconds each."""
+    task = {"commands": [[str(word) for word in command] for command in commands], "cwd": str(cwd), "environment": {**os.environ, **ENVIRONMENT, **environment}}
     server = forks()
-    environment = {key: value for key, value in os.environ.items() if key.startswith("XDG_")} | environment
-    server.stdin.write(json.dumps({"commands": [[str(word) for word in command] for command in commands], "cwd": str(cwd), "environment": environment}) + "\n")
+    server.stdin.write(json.dumps(task) + "\n")
     server.stdin.flush()
-    return json.loads(server.stdout.readline())
+    answer = server.stdout.readline()
+    if not answer:
+        forks.cache_clear()
+        raise RuntimeError(f"many.py ended with status {server.wait()}")
+    return json.loads(answer)
 
 
 def fork(*command, cwd=ROOT, **environment) -> subprocess.CompletedProcess:

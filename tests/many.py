@@ -25,7 +25,7 @@ def main() -> None:
     street.scene, drawn = functools.cache(street.scene), False
     for line in sys.stdin:
         task = json.loads(line)
-        if not drawn and any("--dataset" not in command and command[0].startswith("train") for command in task["commands"]):
+        if not drawn and any("--dataset" not in command and command[0].startswith("train") and "--resume" not in command for command in task["commands"]):
             drawn = [street.scene(part, i) for part in ("train", "val") for i in range(street.SPLITS[part])]
         print(json.dumps([run(command, task["cwd"], task["environment"]) for command in task["commands"]]), flush=True)
 
@@ -38,13 +38,14 @@ def run(command: list[str], cwd: str, environment: dict[str, str]) -> list:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            os.chdir(cwd)
-            os.environ.update(environment)
             for name in ("run", "data", "evaluate", "predict", "models", "train_semi", "train_supervised", "bench"):
                 sys.modules.pop(name, None)  # a script is its own __main__
             sys.argv = [str(ROOT / command[0]), *command[1:]]
             status = 1
             try:
+                os.chdir(cwd)
+                os.environ.clear()
+                os.environ.update(environment)
                 runpy.run_path(sys.argv[0], run_name="__main__")
                 status = 0
             except SystemExit as end:
@@ -59,7 +60,7 @@ def run(command: list[str], cwd: str, environment: dict[str, str]) -> list:
         for file in (out, err):
             file.seek(0)
             texts.append(file.read())
-    return [status, *texts]
+    return [status, texts[0], texts[1] + "\nkilled after 300 s" * (status == -signal.SIGALRM)]
 
 
 if __name__ == "__main__":

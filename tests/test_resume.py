@@ -135,7 +135,7 @@ def test_resuming_with_other_arguments_is_refused(tmp_path):
     done = fork("train_supervised.py", "--out-dir", folder, "--resume", ACCELERATE_MIXED_PRECISION="bf16")  # as `accelerate launch --mixed_precision bf16`
     assert done.returncode == 2 and "mixed precision bf16 (the run: no)" in done.stderr
     done = fork("train_supervised.py", "--out-dir", folder, "--resume", ACCELERATE_MIXED_PRECISION="fp16")  # a CPU has none
-    assert done.returncode == 2 and "--mixed_precision fp16" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "fp16 needs a GPU" in done.stderr and "Traceback" not in done.stderr
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     done = fork("train_supervised.py", "--out-dir", folder, "--resume", "--num-workers", "1")  # harmless: nothing is left to do
     assert done.returncode == 0, done.stderr
