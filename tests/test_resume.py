@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cli import ROOT, fork, run_many, run_script
+from cli import ENVIRONMENT, ROOT, fork, run_many, run_script
 from safetensors.torch import load_file
 
 import data
@@ -31,8 +31,7 @@ def small_data(tmp_path_factory):
 
 def start(processes: int, *words) -> subprocess.Popen:
     launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([*launcher, *map(str, words)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen([*launcher, *map(str, words)], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def same(a, b) -> bool:
@@ -203,8 +202,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(tmp_path):
     folder = tmp_path / "run"
     small = ["train_supervised.py", *OPTIONS[2:10], "--batch-size", "2", "--log-with", "none", "--out-dir", folder, "--iterations", "4", "--val-interval", "4", "--save-interval", "2"]
     code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6,) * 2); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *map(str, small)], cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, small)], cwd=ROOT, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "state.pt: cannot be written" in done.stderr
     assert not list(folder.rglob("*.part")) and not (folder / "checkpoint" / "state.pt").exists()
