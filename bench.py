@@ -8,6 +8,7 @@
 
 Options it does not know itself are those of the training script. Random weights; every other number is that of the run.
 """
+
 import json
 import resource
 import statistics
@@ -25,9 +26,21 @@ import train_supervised
 from models import MeanTeacher
 from reco import reco_loss
 
-PARTS = ["data", "augmentation", "teacher", "student forward", "ReCo", "backward", "optimiser + EMA"]
+PARTS = [
+    "data",
+    "augmentation",
+    "teacher",
+    "student forward",
+    "ReCo",
+    "backward",
+    "optimiser + EMA",
+]
 CLASSES = {"street": 11, "cityscapes": 19, "pascal": 21, "sun": 37, "folder": 3}
-LOSS_SIZES = {"cityscapes": (4, 128, 128), "pascal": (20, 81, 81), "sun": (10, 81, 81)}  # images, h, w
+LOSS_SIZES = {
+    "cityscapes": (4, 128, 128),
+    "pascal": (20, 81, 81),
+    "sun": (10, 81, 81),
+}  # images, h, w
 
 
 class Clock:
@@ -60,7 +73,11 @@ def blocks(batch: int, size, classes: int) -> torch.Tensor:
 
 def peak_memory(device) -> float:
     """MB: what tensors took on the GPU since the last reset, or, on a CPU, the most the process has taken so far."""
-    return torch.cuda.max_memory_allocated(device) / 2 ** 20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (
+        torch.cuda.max_memory_allocated(device) / 2**20
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
 
 
 def time_steps(args, accelerator, semi: bool, steps: int) -> dict:
@@ -69,7 +86,9 @@ def time_steps(args, accelerator, semi: bool, steps: int) -> dict:
     source = data.Source(args.dataset, [str(i) for i in range(classes)], [], [], [])
     model, _ = run.new_model(args, source)
     model = run.to_device(model, accelerator)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
     teacher = MeanTeacher(model, compiled=args.compile)
     student, optimizer = accelerator.prepare(model, optimizer)
     student.train()
@@ -79,22 +98,56 @@ def time_steps(args, accelerator, semi: bool, steps: int) -> dict:
 
     def batch():
         labels = blocks(args.batch_size, args.crop_size, classes)
-        images = (labels[:, None] * 200 // classes + torch.randint(0, 50, (args.batch_size, 3, *args.crop_size))).byte()
-        return (images.pin_memory(), labels.byte().pin_memory()) if device.type == "cuda" else (images, labels.byte())
-    for step in tqdm(range(steps + 3), desc=f"{args.method}, {args.dataset}", unit="step", leave=False):
+        images = (
+            labels[:, None] * 200 // classes
+            + torch.randint(0, 50, (args.batch_size, 3, *args.crop_size))
+        ).byte()
+        return (
+            (images.pin_memory(), labels.byte().pin_memory())
+            if device.type == "cuda"
+            else (images, labels.byte())
+        )
+
+    for step in tqdm(
+        range(steps + 3), desc=f"{args.method}, {args.dataset}", unit="step", leave=False
+    ):
         batches, rng = [batch(), batch()], run.seed_step(args.seed, step, 0)
         clock.restart()
         if semi:
-            train_semi.train_step(step, *batches, student, model, teacher, optimizer, accelerator, args, False, rng, clock.mark)
+            train_semi.train_step(
+                step,
+                *batches,
+                student,
+                model,
+                teacher,
+                optimizer,
+                accelerator,
+                args,
+                False,
+                rng,
+                clock.mark,
+            )
         else:
-            train_supervised.train_step(batches[0], student, optimizer, accelerator, args, rng, clock.mark)
+            train_supervised.train_step(
+                batches[0], student, optimizer, accelerator, args, rng, clock.mark
+            )
         times.append(dict(clock.parts))
     parts = {part: statistics.median(t.get(part, 0.0) for t in times[3:]) for part in PARTS}
     total = statistics.median(sum(t.values()) for t in times[3:])
     images = args.batch_size * (2 if semi else 1) * accelerator.num_processes
     accelerator.free_memory()
-    return {"method": args.method, "dataset": args.dataset, "backbone": args.backbone, "images": images, "crop": args.crop_size, "seconds": parts, "step": total,
-            "images per second": images / total, "peak memory MB": peak_memory(device), "ReCo share": parts["ReCo"] / total}
+    return {
+        "method": args.method,
+        "dataset": args.dataset,
+        "backbone": args.backbone,
+        "images": images,
+        "crop": args.crop_size,
+        "seconds": parts,
+        "step": total,
+        "images per second": images / total,
+        "peak memory MB": peak_memory(device),
+        "ReCo share": parts["ReCo"] / total,
+    }
 
 
 def time_loss(dataset: str, device, steps: int) -> dict:
@@ -111,18 +164,40 @@ def time_loss(dataset: str, device, steps: int) -> dict:
         reco_loss(rep, label, prob, valid).backward()
         clock.mark("loss")
         times.append(clock.parts["loss"])
-    return {"dataset": dataset, "rep": [batch, 256, h, w], "classes": classes, "seconds": statistics.median(times[2:])}
+    return {
+        "dataset": dataset,
+        "rep": [batch, 256, h, w],
+        "classes": classes,
+        "seconds": statistics.median(times[2:]),
+    }
 
 
 def main() -> None:
     parser = run.Parser(description=__doc__, formatter_class=run.Formatter)
-    parser.add_argument("--script", choices=["train_semi.py", "train_supervised.py"], default="train_semi.py", help="whose step is timed")
-    parser.add_argument("--steps", type=run.positive, default=10, help="timed steps, after three to warm up")
-    parser.add_argument("--loss-only", action="store_true", help="time the loss alone, at the sizes of Cityscapes, Pascal and SUN")
+    parser.add_argument(
+        "--script",
+        choices=["train_semi.py", "train_supervised.py"],
+        default="train_semi.py",
+        help="whose step is timed",
+    )
+    parser.add_argument(
+        "--steps", type=run.positive, default=10, help="timed steps, after three to warm up"
+    )
+    parser.add_argument(
+        "--loss-only",
+        action="store_true",
+        help="time the loss alone, at the sizes of Cityscapes, Pascal and SUN",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     bench, rest = parser.parse_known_args()
     semi = bench.script == "train_semi.py"
-    results = {"device": None, "threads": torch.get_num_threads(), "torch": torch.__version__, "steps": [], "loss": []}
+    results = {
+        "device": None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "steps": [],
+        "loss": [],
+    }
 
     def options(extra: list[str]):
         training = run.training_parser(None, semi)
@@ -130,24 +205,40 @@ def main() -> None:
         args = run.parse(training, semi, [*rest, "--no-pretrained", "--log-with", "none", *extra])
         args.warmup_iterations = 0
         return args
+
     args = options([])
     accelerator = run.start_accelerator(args)
     device, print = accelerator.device, accelerator.print  # the main process speaks
-    results["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{results['device']}, torch {torch.__version__}, precision {accelerator.mixed_precision}{', compiled' if args.compile else ''}")
+    results["device"] = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{results['device']}, torch {torch.__version__}, precision {accelerator.mixed_precision}{', compiled' if args.compile else ''}"
+    )
     if not bench.loss_only:
-        print(f"\n{'ms':24s}" + "".join(f"{part:>16s}" for part in PARTS) + f"{'step':>10s}{'images/s':>10s}{'peak MB':>9s}{'ReCo':>7s}")
+        print(
+            f"\n{'ms':24s}"
+            + "".join(f"{part:>16s}" for part in PARTS)
+            + f"{'step':>10s}{'images/s':>10s}{'peak MB':>9s}{'ReCo':>7s}"
+        )
         for extra in ([], ["--reco"] if args.model == "reconet" and not args.reco else []):
             if extra or not results["steps"]:
                 row = time_steps(options(extra), accelerator, semi, bench.steps)
                 results["steps"].append(row)
-                print(f"{row['dataset'] + ' ' + row['method']:24s}" + "".join(f"{1000 * row['seconds'][part]:16.1f}" for part in PARTS)
-                      + f"{1000 * row['step']:10.1f}{row['images per second']:10.1f}{row['peak memory MB']:9.0f}{100 * row['ReCo share']:6.1f}%")
+                print(
+                    f"{row['dataset'] + ' ' + row['method']:24s}"
+                    + "".join(f"{1000 * row['seconds'][part]:16.1f}" for part in PARTS)
+                    + f"{1000 * row['step']:10.1f}{row['images per second']:10.1f}{row['peak memory MB']:9.0f}{100 * row['ReCo share']:6.1f}%"
+                )
     print(f"\n{'the loss alone':16s}{'rep':>20s}{'classes':>9s}{'ms':>9s}")
     for dataset in LOSS_SIZES:
         row = time_loss(dataset, device, bench.steps)
         results["loss"].append(row)
-        print(f"{dataset:16s}{'x'.join(map(str, row['rep'])):>20s}{row['classes']:9d}{1000 * row['seconds']:9.1f}")
+        print(
+            f"{dataset:16s}{'x'.join(map(str, row['rep'])):>20s}{row['classes']:9d}{1000 * row['seconds']:9.1f}"
+        )
     if bench.json and accelerator.is_main_process:
         run.write(Path(bench.json), lambda file: file.write(json.dumps(results, indent=1).encode()))
 

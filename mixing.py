@@ -1,4 +1,5 @@
 """CutOut, CutMix and ClassMix: the three ways to mix a batch of pseudo-labelled images (paper, section 3.3)."""
+
 import torch
 from torch import Tensor
 
@@ -7,7 +8,9 @@ STRATEGIES = ("cutout", "cutmix", "classmix")
 
 
 @torch.no_grad()
-def mix(images: Tensor, labels: Tensor, confidence: Tensor, strategy: str, fill: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def mix(
+    images: Tensor, labels: Tensor, confidence: Tensor, strategy: str, fill: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mix each image with the next one of the batch (the last with the first), under one mask for all three.
 
     images [B, 3, H, W] float; labels [B, H, W] int64, 255 = ignored; confidence [B, H, W] float in [0, 1].
@@ -23,10 +26,17 @@ def mix(images: Tensor, labels: Tensor, confidence: Tensor, strategy: str, fill:
     else:
         raise ValueError(f"mixing strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
     if strategy == "cutout":
-        return torch.where(keep[:, None], images, fill), torch.where(keep, labels, IGNORE), torch.where(keep, confidence, 0.0)
+        return (
+            torch.where(keep[:, None], images, fill),
+            torch.where(keep, labels, IGNORE),
+            torch.where(keep, confidence, 0.0),
+        )
     # image b + 1 in the place of b; a weight of 0 or 1 copies exactly, in half the time of torch.where
-    return (images.roll(-1, 0).lerp_(images, keep[:, None].to(images.dtype)), torch.where(keep, labels, labels.roll(-1, 0)),
-            torch.where(keep, confidence, confidence.roll(-1, 0)))
+    return (
+        images.roll(-1, 0).lerp_(images, keep[:, None].to(images.dtype)),
+        torch.where(keep, labels, labels.roll(-1, 0)),
+        torch.where(keep, confidence, confidence.roll(-1, 0)),
+    )
 
 
 def rectangle_mask(batch: int, height: int, width: int, device="cpu") -> Tensor:
@@ -34,12 +44,19 @@ def rectangle_mask(batch: int, height: int, width: int, device="cpu") -> Tensor:
     if width < 2 or height < 2:
         return torch.zeros(batch, height, width, dtype=torch.bool, device=device)
     u = torch.rand(batch, 3)
-    w = (width / 2 + 1 + u[:, 0] * (width / 2 - 1)).long().clamp(max=width)  # more than half of the width ...
-    h = (height * width / 2 / w).round().long()                               # ... so less than the height
+    w = (
+        (width / 2 + 1 + u[:, 0] * (width / 2 - 1)).long().clamp(max=width)
+    )  # more than half of the width ...
+    h = (height * width / 2 / w).round().long()  # ... so less than the height
     x, y = (u[:, 1] * (width - w + 1)).long(), (u[:, 2] * (height - h + 1)).long()
-    left, right, top, bottom = torch.stack([x, x + w, y, y + h]).to(device, non_blocking=True)[..., None]  # [B, 1] each
+    left, right, top, bottom = torch.stack([x, x + w, y, y + h]).to(device, non_blocking=True)[
+        ..., None
+    ]  # [B, 1] each
     columns, rows = torch.arange(width, device=device), torch.arange(height, device=device)
-    inside = ((rows >= top) & (rows < bottom))[:, :, None], ((columns >= left) & (columns < right))[:, None, :]
+    inside = (
+        ((rows >= top) & (rows < bottom))[:, :, None],
+        ((columns >= left) & (columns < right))[:, None, :],
+    )
     return inside[0] & inside[1]
 
 

@@ -1,8 +1,9 @@
 """DeepLabV3+ on a timm backbone with the representation head of ReCo, and the mean teacher.
 
-    model = DeepLabV3Plus(num_classes=19)                 # ResNet-101, ImageNet weights, the network of the paper
-    logits, rep = model(images)                           # [B, 19, H/4, W/4], [B, 256, H/4, W/4]
+model = DeepLabV3Plus(num_classes=19)                 # ResNet-101, ImageNet weights, the network of the paper
+logits, rep = model(images)                           # [B, 19, H/4, W/4], [B, 256, H/4, W/4]
 """
+
 import copy
 import difflib
 import math
@@ -32,11 +33,22 @@ class DeepLabV3Plus(nn.Module):
     aspp_rates     atrous rates of the three 3x3 branches
     """
 
-    def __init__(self, num_classes: int, backbone: str = "resnet101", rep_dim: int | None = 256, pretrained: bool = True,
-                 output_stride: int = 16, decoder_stride: int = 4, channels: int = 256, low_channels: int = 48,
-                 aspp_rates: tuple[int, ...] = (6, 12, 18)):
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet101",
+        rep_dim: int | None = 256,
+        pretrained: bool = True,
+        output_stride: int = 16,
+        decoder_stride: int = 4,
+        channels: int = 256,
+        low_channels: int = 48,
+        aspp_rates: tuple[int, ...] = (6, 12, 18),
+    ):
         super().__init__()
-        self.backbone, low_width, high_width, self.patch = build_backbone(backbone, pretrained, output_stride, decoder_stride)
+        self.backbone, low_width, high_width, self.patch = build_backbone(
+            backbone, pretrained, output_stride, decoder_stride
+        )
         self.decoder_stride = decoder_stride
         self.aspp = ASPP(high_width, channels, aspp_rates)
         self.low_level = conv_bn_relu(low_width, low_channels, 1)
@@ -51,10 +63,16 @@ class DeepLabV3Plus(nn.Module):
             x = upsample(x, [math.ceil(n / self.patch) * self.patch for n in x.shape[-2:]])
         features = self.backbone(x)
         low, high = features[0], self.aspp(features[-1])
-        same = tuple(low.shape[-2:]) == tuple(size) and not torch.compiler.is_exporting()  # an exported graph is for any size
+        same = (
+            tuple(low.shape[-2:]) == tuple(size) and not torch.compiler.is_exporting()
+        )  # an exported graph is for any size
         low = self.low_level(low if same else upsample(low, size))
-        decoded = torch.cat([low, upsample(high, size)], dim=1)  # [B, low_channels + channels, h, w]
-        return self.classifier(decoded), self.representation(decoded) if self.representation is not None else None
+        decoded = torch.cat(
+            [low, upsample(high, size)], dim=1
+        )  # [B, low_channels + channels, h, w]
+        return self.classifier(decoded), self.representation(
+            decoded
+        ) if self.representation is not None else None
 
 
 class ASPP(nn.Module):
@@ -62,8 +80,10 @@ class ASPP(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, rates: tuple[int, ...]):
         super().__init__()
-        self.branches = nn.ModuleList([conv_bn_relu(in_channels, channels, 1)]
-                                      + [conv_bn_relu(in_channels, channels, 3, dilation=rate) for rate in rates])
+        self.branches = nn.ModuleList(
+            [conv_bn_relu(in_channels, channels, 1)]
+            + [conv_bn_relu(in_channels, channels, 3, dilation=rate) for rate in rates]
+        )
         self.pooling = conv_bn_relu(in_channels, channels, 1)
         self.project = conv_bn_relu((len(rates) + 2) * channels, channels, 1)
 
@@ -72,13 +92,24 @@ class ASPP(nn.Module):
         return self.project(torch.cat([branch(x) for branch in self.branches] + [mean], dim=1))
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, dilation: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
+def conv_bn_relu(
+    in_channels: int, out_channels: int, kernel: int, dilation: int = 1
+) -> nn.Sequential:
+    conv = nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel,
+        padding=dilation * (kernel // 2),
+        dilation=dilation,
+        bias=False,
+    )
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 def head(in_channels: int, channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(*conv_bn_relu(in_channels, channels, 3), nn.Conv2d(channels, out_channels, 1))
+    return nn.Sequential(
+        *conv_bn_relu(in_channels, channels, 3), nn.Conv2d(channels, out_channels, 1)
+    )
 
 
 def upsample(x: Tensor, size) -> Tensor:
@@ -86,7 +117,9 @@ def upsample(x: Tensor, size) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def build_backbone(name: str, pretrained: bool, output_stride: int, decoder_stride: int) -> tuple[nn.Module, int, int, int]:
+def build_backbone(
+    name: str, pretrained: bool, output_stride: int, decoder_stride: int
+) -> tuple[nn.Module, int, int, int]:
     """A timm feature extractor that returns [low-level, deepest] features, their widths, and the patch size
     (0 for a pyramid). Raises UserError for a backbone that cannot work or weights that cannot be had."""
     works = "resnet*, resnext*, regnet*, efficientnet*, mobilenetv3*, convnext*, vit* (DINOv2, DINOv3 too) work"
@@ -96,19 +129,40 @@ def build_backbone(name: str, pretrained: bool, output_stride: int, decoder_stri
     except RuntimeError:  # a tag that this architecture does not have
         known = False
     if not known:
-        near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
-        raise UserError(f"--backbone {name}: timm has no such model" + (f"; near it: {', '.join(near)}" if near else f"; {works}"))
+        near = difflib.get_close_matches(
+            name, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5
+        )
+        raise UserError(
+            f"--backbone {name}: timm has no such model"
+            + (f"; near it: {', '.join(near)}" if near else f"; {works}")
+        )
     if pretrained and not timm.models.is_model_pretrained(name):
-        raise UserError(f"--backbone {name}: timm has no pretrained weights for it; train it from random weights with --no-pretrained")
+        raise UserError(
+            f"--backbone {name}: timm has no pretrained weights for it; train it from random weights with --no-pretrained"
+        )
 
     refused = f"--backbone {name} at output stride {output_stride} yields no feature pyramid that DeepLabV3+ can use; {works}"
     try:
         probe = timm.create_model(name, features_only=True, output_stride=output_stride)
         options, patch = {"output_stride": output_stride}, 0
-    except (TypeError, AssertionError, NotImplementedError, ValueError, RuntimeError, AttributeError):
+    except (
+        TypeError,
+        AssertionError,
+        NotImplementedError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+    ):
         try:  # ViTs know no output stride: their blocks all have the stride of the patch
             probe = timm.create_model(name, features_only=True, dynamic_img_size=True)
-        except (TypeError, AssertionError, NotImplementedError, ValueError, RuntimeError, AttributeError):
+        except (
+            TypeError,
+            AssertionError,
+            NotImplementedError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+        ):
             raise UserError(refused) from None
         options, patch = {"dynamic_img_size": True}, probe.feature_info.reduction()[-1]
     strides, widths = probe.feature_info.reduction(), probe.feature_info.channels()
@@ -116,22 +170,34 @@ def build_backbone(name: str, pretrained: bool, output_stride: int, decoder_stri
         if set(strides) != {patch}:  # a hierarchical transformer such as Swin
             raise UserError(refused)
         depth = len(probe.model.blocks) if hasattr(probe, "model") else len(probe.blocks)
-        options["out_indices"] = indices = (depth // 4, depth - 1)  # an early block keeps the detail
+        options["out_indices"] = indices = (
+            depth // 4,
+            depth - 1,
+        )  # an early block keeps the detail
         low, high = widths[0], widths[-1]
     else:
         if decoder_stride not in strides:
-            raise UserError(f"--backbone {name} has no features at --decoder-stride {decoder_stride}; it has {sorted(set(strides))}")
+            raise UserError(
+                f"--backbone {name} has no features at --decoder-stride {decoder_stride}; it has {sorted(set(strides))}"
+            )
         options["out_indices"] = indices = (strides.index(decoder_stride), len(strides) - 1)
         low, high = widths[indices[0]], widths[indices[1]]
     del probe
     try:
-        return timm.create_model(name, features_only=True, pretrained=pretrained, **options), low, high, patch
+        return (
+            timm.create_model(name, features_only=True, pretrained=pretrained, **options),
+            low,
+            high,
+            patch,
+        )
     except Exception as error:  # the hub's clients raise many kinds; the reason is in the line
         if not pretrained:
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--backbone {name}: the pretrained weights could not be loaded ({type(error).__name__}: {reason[:120]}); connect once "
-                        "to download them (they stay in the Hugging Face cache), or train from random weights with --no-pretrained") from error
+        raise UserError(
+            f"--backbone {name}: the pretrained weights could not be loaded ({type(error).__name__}: {reason[:120]}); connect once "
+            "to download them (they stay in the Hugging Face cache), or train from random weights with --no-pretrained"
+        ) from error
 
 
 class MeanTeacher:
@@ -167,8 +233,13 @@ class MeanTeacher:
         self.step = state["step"]
 
 
-RENAMED = [(r"^resnet_", "backbone."), (r"^ASPP\.convs\.4\.(\d)", lambda m: f"aspp.pooling.{int(m[1]) - 1}"),
-           (r"^ASPP\.convs", "aspp.branches"), (r"^ASPP\.", "aspp."), (r"^project\.", "low_level.")]
+RENAMED = [
+    (r"^resnet_", "backbone."),
+    (r"^ASPP\.convs\.4\.(\d)", lambda m: f"aspp.pooling.{int(m[1]) - 1}"),
+    (r"^ASPP\.convs", "aspp.branches"),
+    (r"^ASPP\.", "aspp."),
+    (r"^project\.", "low_level."),
+]
 
 
 def convert_reco_checkpoint(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

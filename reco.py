@@ -23,6 +23,7 @@ Measured there, otherwise idle: medians of 66 to 88 ms, the authors' implementat
 (169 to 239 times); 72 MB above the inputs and their gradient, against 3.2 GB. sampling="independent": 2.4 s.
 For a GPU (not measured): no shape and no branch depends on a tensor's values, so the host never waits for the device.
 """
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -31,8 +32,19 @@ from einops import rearrange
 EPS = 1e-8  # a shorter vector has no direction: cosine 0, gradient 0
 
 
-def reco_loss(rep, label, prob, valid, temperature=0.5, num_queries=256, num_negatives=512, strong_threshold=0.97,
-              sampling="stratified", active_keys=True, return_stats=False):
+def reco_loss(
+    rep,
+    label,
+    prob,
+    valid,
+    temperature=0.5,
+    num_queries=256,
+    num_negatives=512,
+    strong_threshold=0.97,
+    sampling="stratified",
+    active_keys=True,
+    return_stats=False,
+):
     """The ReCo loss of a batch (the paper's pixel-level contrast, with active hard sampling of queries and keys).
 
     rep    [B, D, h, w] float32, bfloat16 or float16: representations, the only input that gets a gradient.
@@ -57,38 +69,48 @@ def reco_loss(rep, label, prob, valid, temperature=0.5, num_queries=256, num_neg
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     if several and sampling == "independent":
-        raise ValueError('sampling="independent" runs in one process only: its keys are too many to exchange')
+        raise ValueError(
+            'sampling="independent" runs in one process only: its keys are too many to exchange'
+        )
 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         # ---- Pixels by class, by one stable sort: [hard of 0 | easy of 0 | hard of 1 | ... | not valid].
         # Every set of pixels used below is then a stretch of `order`: no masks, whose sizes the host would wait for.
         valid = valid & (label >= 0) & (label < C)
-        label = label.clamp(0, C - 1)                                          # safe to index with
-        easy = prob.gather(1, label[:, None])[:, 0].float() >= strong_threshold    # [B, h, w]
-        segment = torch.where(valid, 2 * label + easy, 2 * C).flatten().int()      # [n]
+        label = label.clamp(0, C - 1)  # safe to index with
+        easy = prob.gather(1, label[:, None])[:, 0].float() >= strong_threshold  # [B, h, w]
+        segment = torch.where(valid, 2 * label + easy, 2 * C).flatten().int()  # [n]
         segment, order = segment.sort(stable=True)
-        edge = torch.searchsorted(segment, torch.arange(2 * C + 1, dtype=torch.int32, device=device))
-        start, hard_end = edge[:-1:2], edge[1::2]                              # [C] into order
-        num_valid, num_hard = edge[::2].diff(), hard_end - start               # [C] of this process
+        edge = torch.searchsorted(
+            segment, torch.arange(2 * C + 1, dtype=torch.int32, device=device)
+        )
+        start, hard_end = edge[:-1:2], edge[1::2]  # [C] into order
+        num_valid, num_hard = edge[::2].diff(), hard_end - start  # [C] of this process
 
         # ---- Prototypes: the mean representation of a class over all its valid pixels: the positive key.
-        rows = rearrange(rep.float(), "b d h w -> b (h w) d")                  # a view if rep is float32
-        one_hot = (valid[:, None] & (label[:, None] == torch.arange(C, device=device).view(C, 1, 1))).flatten(2)
-        class_sum = torch.bmm(one_hot.float(), rows).sum(0)                    # [C, D]
-        counts = torch.zeros(world, 2, C, device=device)                       # float32: exact up to 16.7 million
+        rows = rearrange(rep.float(), "b d h w -> b (h w) d")  # a view if rep is float32
+        one_hot = (
+            valid[:, None] & (label[:, None] == torch.arange(C, device=device).view(C, 1, 1))
+        ).flatten(2)
+        class_sum = torch.bmm(one_hot.float(), rows).sum(0)  # [C, D]
+        counts = torch.zeros(world, 2, C, device=device)  # float32: exact up to 16.7 million
         counts[rank] = torch.stack([num_valid, num_hard])
         if several:
             shared = torch.cat([class_sum.flatten(), counts.flatten()])
             dist.all_reduce(shared)
-            class_sum, counts = shared[:C * D].view(C, D), shared[C * D:].view(world, 2, C)
-        all_valid, all_hard = counts.long().sum(0)                             # [C] over all processes
-        owned_from = counts[:rank, 0].sum(0).long()                            # [C] valid pixels of earlier processes
-        prototype = F.normalize(class_sum / all_valid.clamp(min=1)[:, None], dim=1, eps=EPS)  # only cosines are taken
+            class_sum, counts = shared[: C * D].view(C, D), shared[C * D :].view(world, 2, C)
+        all_valid, all_hard = counts.long().sum(0)  # [C] over all processes
+        owned_from = counts[:rank, 0].sum(0).long()  # [C] valid pixels of earlier processes
+        prototype = F.normalize(
+            class_sum / all_valid.clamp(min=1)[:, None], dim=1, eps=EPS
+        )  # only cosines are taken
 
         # ---- Class relation graph: how alike two prototypes are; row c says where the negative keys of c come from.
         present = all_valid > 0
-        num_classes = present.sum()                                            # |V|
-        relation = class_relation(prototype, present, temperature if active_keys else float("inf"))   # [C, C]
+        num_classes = present.sum()  # |V|
+        relation = class_relation(
+            prototype, present, temperature if active_keys else float("inf")
+        )  # [C, C]
 
         # ---- Active queries: hard pixels of each class, with replacement.
         if sampling == "stratified":
@@ -96,61 +118,88 @@ def reco_loss(rep, label, prob, valid, temperature=0.5, num_queries=256, num_neg
         else:
             u = torch.rand(C, Q, device=device)
         pick = (u * num_hard[:, None]).long().minimum(num_hard[:, None] - 1).clamp(min=0)
-        queries = order[(start[:, None] + pick).clamp(max=n - 1)]              # [C, Q] pixels
+        queries = order[(start[:, None] + pick).clamp(max=n - 1)]  # [C, Q] pixels
         # A process holding a share of the hard pixels of a class speaks for that share (world: the mean divides by it).
         query_weight = world * num_hard / all_hard.clamp(min=1) * (num_classes > 1)
 
         # ---- Contrast, in groups of queries that share their keys: all of a class, or (independent) each one alone.
-        groups, block = (C, C) if sampling == "stratified" else (C * Q, 32)    # blocks bound the memory
-        rows = rows if sampling == "stratified" else rows.contiguous()         # far more gathers than pixels: copy once
-        all_queries = take(rows, queries).view(groups, -1, D)                  # [G, Q or 1, D]
-        group_class = torch.arange(groups, device=device) // (groups // C)     # [G]
+        groups, block = (
+            (C, C) if sampling == "stratified" else (C * Q, 32)
+        )  # blocks bound the memory
+        rows = (
+            rows if sampling == "stratified" else rows.contiguous()
+        )  # far more gathers than pixels: copy once
+        all_queries = take(rows, queries).view(groups, -1, D)  # [G, Q or 1, D]
+        group_class = torch.arange(groups, device=device) // (groups // C)  # [G]
         loss, grad = [], []
-        for c, query in zip(group_class.split(block), all_queries.split(block)):   # c: [g] class of each group
+        for c, query in zip(
+            group_class.split(block), all_queries.split(block)
+        ):  # c: [g] class of each group
             # Active keys: first a class by its relation to c, then one of its valid pixels, N times.
             u = torch.rand(2, len(c), N, device=device)
             if several:
-                dist.broadcast(u, src=0)                                       # all processes mean the same keys
-            edges = relation.cumsum(1)[c]                                      # [g, C]
-            key_class = torch.searchsorted(edges, u[0] * edges[:, -1:], right=True).clamp(max=C - 1)    # [g, N]
-            pick = (u[1] * all_valid[key_class]).long().minimum(all_valid[key_class] - 1) - owned_from[key_class]
-            negative = take(rows, order[(start[key_class] + pick).clamp(0, n - 1)])                     # [g, N, D]
-            if several:                                                        # the owner of a pixel fills it in
+                dist.broadcast(u, src=0)  # all processes mean the same keys
+            edges = relation.cumsum(1)[c]  # [g, C]
+            key_class = torch.searchsorted(edges, u[0] * edges[:, -1:], right=True).clamp(
+                max=C - 1
+            )  # [g, N]
+            pick = (u[1] * all_valid[key_class]).long().minimum(
+                all_valid[key_class] - 1
+            ) - owned_from[key_class]
+            negative = take(rows, order[(start[key_class] + pick).clamp(0, n - 1)])  # [g, N, D]
+            if several:  # the owner of a pixel fills it in
                 owned = (pick >= 0) & (pick < num_valid[key_class])
                 negative = torch.where(owned[..., None], negative, 0)
                 dist.all_reduce(negative)
-            keys = torch.cat([prototype[c, None], F.normalize(negative, dim=2, eps=EPS)], dim=1)   # [g, 1 + N, D]
+            keys = torch.cat(
+                [prototype[c, None], F.normalize(negative, dim=2, eps=EPS)], dim=1
+            )  # [g, 1 + N, D]
             block_loss, block_grad = contrast(query, keys, temperature)
             loss.append(block_loss)
             grad.append(block_grad)
         loss, grad = torch.cat(loss).view(C, Q), torch.cat(grad).view(C, Q, D)
 
         # ---- The loss: mean over the queries of a class, then over the classes present, hard pixels or not.
-        weight = query_weight / num_classes.clamp(min=1)                       # [C]
+        weight = query_weight / num_classes.clamp(min=1)  # [C]
         loss = torch.where(weight > 0, weight * loss.mean(1), 0).sum()
-        grad = torch.where(weight[:, None, None] > 0, grad * (weight / Q)[:, None, None], 0)    # [C, Q, D]
+        grad = torch.where(
+            weight[:, None, None] > 0, grad * (weight / Q)[:, None, None], 0
+        )  # [C, Q, D]
 
     loss = WithGradient.apply(rep, loss, queries.flatten(), grad.flatten(0, 1))
     if not return_stats:
         return loss
-    return loss, dict(num_classes=num_classes, num_hard=all_hard, queries=queries, query_weight=query_weight,
-                      relation=relation)
+    return loss, dict(
+        num_classes=num_classes,
+        num_hard=all_hard,
+        queries=queries,
+        query_weight=query_weight,
+        relation=relation,
+    )
 
 
 def check_inputs(rep, label, prob, valid, temperature, num_queries, num_negatives, sampling):
     """Raise ValueError, in one line, on inputs of reco_loss that do not fit (reads no tensor values)."""
     if rep.dim() != 4 or rep.numel() == 0 or not rep.is_floating_point():
-        raise ValueError(f"rep must be a non-empty float tensor [B, D, h, w], got {rep.dtype} {list(rep.shape)}")
+        raise ValueError(
+            f"rep must be a non-empty float tensor [B, D, h, w], got {rep.dtype} {list(rep.shape)}"
+        )
     B, _, h, w = rep.shape
     if prob.dim() != 4 or prob.shape[:1] + prob.shape[2:] != (B, h, w):
         raise ValueError(f"prob must be [B, C, h, w] = [{B}, C, {h}, {w}], got {list(prob.shape)}")
     if label.shape != (B, h, w) or label.dtype != torch.int64:
-        raise ValueError(f"label must be int64 [{B}, {h}, {w}], got {label.dtype} {list(label.shape)}")
+        raise ValueError(
+            f"label must be int64 [{B}, {h}, {w}], got {label.dtype} {list(label.shape)}"
+        )
     if valid.shape != (B, h, w) or valid.dtype != torch.bool:
-        raise ValueError(f"valid must be bool [{B}, {h}, {w}], got {valid.dtype} {list(valid.shape)}")
+        raise ValueError(
+            f"valid must be bool [{B}, {h}, {w}], got {valid.dtype} {list(valid.shape)}"
+        )
     if temperature <= 0 or num_queries < 1 or num_negatives < 1:
-        raise ValueError("temperature must be positive, num_queries and num_negatives at least 1, got "
-                         f"{temperature}, {num_queries}, {num_negatives}")
+        raise ValueError(
+            "temperature must be positive, num_queries and num_negatives at least 1, got "
+            f"{temperature}, {num_queries}, {num_negatives}"
+        )
     if sampling not in ("stratified", "independent"):
         raise ValueError(f'sampling must be "stratified" or "independent", got {sampling!r}')
 
@@ -160,8 +209,14 @@ def class_relation(prototype, present, temperature):
 
     prototype [C, D] float32 unit vectors, present [C] bool -> [C, C] float32, rows and columns of absent classes 0.
     """
-    other = present[:, None] & present & ~torch.eye(len(present), dtype=torch.bool, device=present.device)
-    score = (prototype @ prototype.T / temperature).masked_fill(~other, torch.finfo(torch.float32).min)
+    other = (
+        present[:, None]
+        & present
+        & ~torch.eye(len(present), dtype=torch.bool, device=present.device)
+    )
+    score = (prototype @ prototype.T / temperature).masked_fill(
+        ~other, torch.finfo(torch.float32).min
+    )
     return score.softmax(1) * other
 
 
@@ -174,11 +229,11 @@ def contrast(query, keys, temperature):
     """
     length = query.norm(dim=2, keepdim=True)
     z = query / length.clamp(min=EPS)
-    log_p = (torch.bmm(z, keys.mT) / temperature).log_softmax(2)               # [g, q, 1 + N]
+    log_p = (torch.bmm(z, keys.mT) / temperature).log_softmax(2)  # [g, q, 1 + N]
     loss = -log_p[..., 0]
     p = log_p.exp()
     p[..., 0] -= 1
-    grad = torch.bmm(p, keys) / temperature                                    # [g, q, D]
+    grad = torch.bmm(p, keys) / temperature  # [g, q, D]
     grad = (grad - (grad * z).sum(2, keepdim=True) * z) / length.clamp(min=EPS)
     return loss, torch.where(length > EPS, grad, 0)
 
@@ -204,7 +259,9 @@ class WithGradient(torch.autograd.Function):
         B, D, h, w = ctx.shape
         # Into a flat buffer, channel by channel as it lies in memory: a pixel drawn more than once adds up, in float32
         # and on a CPU in a fixed order (scatter_add_ in one dimension is serial there).
-        first = pixel // (h * w) * (D * h * w) + pixel % (h * w)               # [M] channel 0 of each pixel
+        first = pixel // (h * w) * (D * h * w) + pixel % (h * w)  # [M] channel 0 of each pixel
         index = first + h * w * torch.arange(D, device=pixel.device)[:, None]  # [D, M]
-        rep_grad = grad.new_zeros(B * D * h * w).scatter_add_(0, index.flatten(), (grad.T * grad_loss).flatten())
+        rep_grad = grad.new_zeros(B * D * h * w).scatter_add_(
+            0, index.flatten(), (grad.T * grad_loss).flatten()
+        )
         return rep_grad.view(ctx.shape).to(ctx.dtype), None, None, None

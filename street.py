@@ -15,6 +15,7 @@ How: world coordinates are metres (x to the right of the road's middle, y up, z 
 painted on two canvases of three times the size, far things first: its colour on one, its class id on the other,
 without antialiasing. Colours are reduced by a box filter, ids by taking the centre of each 3x3 block.
 """
+
 import math
 import sys
 from types import SimpleNamespace
@@ -22,27 +23,102 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageDraw
 
-CLASSES = ("road", "sidewalk", "building", "pole", "sign", "vegetation", "sky", "person", "rider", "car", "truck")
-PALETTE = [(128, 64, 128), (244, 35, 232), (70, 70, 70), (153, 153, 153), (220, 220, 0), (107, 142, 35),
-           (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70)]  # Cityscapes' colours
+CLASSES = (
+    "road",
+    "sidewalk",
+    "building",
+    "pole",
+    "sign",
+    "vegetation",
+    "sky",
+    "person",
+    "rider",
+    "car",
+    "truck",
+)
+PALETTE = [
+    (128, 64, 128),
+    (244, 35, 232),
+    (70, 70, 70),
+    (153, 153, 153),
+    (220, 220, 0),
+    (107, 142, 35),
+    (70, 130, 180),
+    (220, 20, 60),
+    (255, 0, 0),
+    (0, 0, 142),
+    (0, 0, 70),
+]  # Cityscapes' colours
 ROAD, SIDEWALK, BUILDING, POLE, SIGN, VEGETATION, SKY, PERSON, RIDER, CAR, TRUCK = range(11)
 SIZE = 64
 SPLITS = {"train": 1000, "val": 300, "test": 500}
 FINE = 3  # canvas pixels per image pixel and side; odd, so that a block has a centre
 
 # Colours in plain daylight. A scene picks from these and jitters them.
-ASPHALT = [(86, 86, 90), (106, 105, 104), (72, 77, 88), (120, 115, 108), (96, 90, 86), (134, 134, 138), (66, 64, 66)]
-PAVING = [(160, 156, 150), (178, 166, 148), (142, 146, 152), (186, 180, 172), (152, 128, 112), (128, 124, 120),
-          (104, 102, 102), (166, 122, 102)]
-FACADES = [(204, 190, 160), (158, 86, 66), (180, 114, 86), (226, 212, 180), (210, 174, 112), (156, 156, 154),
-           (126, 130, 138), (232, 230, 222), (158, 166, 148), (142, 160, 180), (196, 128, 98), (104, 94, 90)]
+ASPHALT = [
+    (86, 86, 90),
+    (106, 105, 104),
+    (72, 77, 88),
+    (120, 115, 108),
+    (96, 90, 86),
+    (134, 134, 138),
+    (66, 64, 66),
+]
+PAVING = [
+    (160, 156, 150),
+    (178, 166, 148),
+    (142, 146, 152),
+    (186, 180, 172),
+    (152, 128, 112),
+    (128, 124, 120),
+    (104, 102, 102),
+    (166, 122, 102),
+]
+FACADES = [
+    (204, 190, 160),
+    (158, 86, 66),
+    (180, 114, 86),
+    (226, 212, 180),
+    (210, 174, 112),
+    (156, 156, 154),
+    (126, 130, 138),
+    (232, 230, 222),
+    (158, 166, 148),
+    (142, 160, 180),
+    (196, 128, 98),
+    (104, 94, 90),
+]
 ROOFS = [(146, 76, 58), (112, 66, 54), (86, 82, 84), (68, 70, 78), (124, 100, 84)]
 LEAVES = [(46, 88, 42), (64, 108, 48), (88, 128, 54), (116, 142, 62), (72, 100, 62)]
 AUTUMN = [(176, 144, 54), (192, 112, 48), (152, 66, 46), (120, 124, 54)]
-PAINT = [(236, 236, 238), (190, 194, 200), (118, 122, 130), (40, 42, 48), (176, 36, 36), (44, 76, 146), (36, 84, 66),
-         (206, 190, 150), (226, 182, 40), (206, 104, 40), (84, 146, 168), (104, 34, 44)]
-CLOTHES = [(44, 50, 74), (70, 70, 74), (172, 48, 48), (222, 218, 208), (58, 104, 148), (80, 112, 74), (208, 160, 66),
-           (128, 84, 62), (150, 104, 140), (34, 34, 38), (214, 116, 62), (94, 120, 134)]
+PAINT = [
+    (236, 236, 238),
+    (190, 194, 200),
+    (118, 122, 130),
+    (40, 42, 48),
+    (176, 36, 36),
+    (44, 76, 146),
+    (36, 84, 66),
+    (206, 190, 150),
+    (226, 182, 40),
+    (206, 104, 40),
+    (84, 146, 168),
+    (104, 34, 44),
+]
+CLOTHES = [
+    (44, 50, 74),
+    (70, 70, 74),
+    (172, 48, 48),
+    (222, 218, 208),
+    (58, 104, 148),
+    (80, 112, 74),
+    (208, 160, 66),
+    (128, 84, 62),
+    (150, 104, 140),
+    (34, 34, 38),
+    (214, 116, 62),
+    (94, 120, 134),
+]
 SKIN = [(236, 196, 168), (214, 164, 130), (164, 112, 82), (112, 76, 56)]
 HAIR = [(44, 34, 30), (96, 68, 44), (170, 140, 96), (150, 150, 150)]
 GLASS = [(58, 66, 82), (76, 92, 112), (124, 144, 160), (46, 44, 50)]
@@ -50,18 +126,23 @@ BLACK, WHITE, RED, BLUE = (28, 28, 30), (240, 240, 238), (204, 34, 38), (34, 84,
 HEADLIGHT, LAMPLIGHT = (255, 246, 214), (250, 212, 136)
 
 # Light: sky at the zenith and at the horizon, tint of what it falls on, haze, depth of shadows, share of lamps lit.
-LIGHTS = [((82, 138, 208), (196, 220, 238), (1.05, 1.03, 0.98), 0.25, 0.60, 0.0),   # clear day
-          ((112, 160, 214), (222, 230, 234), (1.08, 1.02, 0.94), 0.35, 0.50, 0.0),  # sun and thin cloud
-          ((150, 160, 172), (206, 210, 214), (0.86, 0.89, 0.93), 0.32, 0.28, 0.1),  # overcast
-          ((178, 186, 190), (214, 216, 214), (0.90, 0.92, 0.92), 0.62, 0.22, 0.2),  # mist
-          ((96, 112, 160), (250, 190, 128), (1.00, 0.82, 0.66), 0.45, 0.45, 0.3),   # low sun
-          ((40, 52, 98), (176, 124, 128), (0.52, 0.54, 0.70), 0.40, 0.25, 0.7)]     # dusk
+LIGHTS = [
+    ((82, 138, 208), (196, 220, 238), (1.05, 1.03, 0.98), 0.25, 0.60, 0.0),  # clear day
+    ((112, 160, 214), (222, 230, 234), (1.08, 1.02, 0.94), 0.35, 0.50, 0.0),  # sun and thin cloud
+    ((150, 160, 172), (206, 210, 214), (0.86, 0.89, 0.93), 0.32, 0.28, 0.1),  # overcast
+    ((178, 186, 190), (214, 216, 214), (0.90, 0.92, 0.92), 0.62, 0.22, 0.2),  # mist
+    ((96, 112, 160), (250, 190, 128), (1.00, 0.82, 0.66), 0.45, 0.45, 0.3),  # low sun
+    ((40, 52, 98), (176, 124, 128), (0.52, 0.54, 0.70), 0.40, 0.25, 0.7),
+]  # dusk
 
-CIRCLE = [(math.cos(math.pi * i / 6), math.sin(math.pi * i / 6)) for i in range(12)]  # for wheels seen at an angle
+CIRCLE = [
+    (math.cos(math.pi * i / 6), math.sin(math.pi * i / 6)) for i in range(12)
+]  # for wheels seen at an angle
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chance, camera, brush. `v`, the view, holds what a whole scene shares: generator, camera, light, the two canvases.
+
 
 def between(v, low, high):
     """A float drawn uniformly from [low, high)."""
@@ -80,8 +161,10 @@ def pick(v, options, jitter=0):
 def project(v, x, y, z):
     """World metres -> canvas pixel. The horizon is where z is infinite; `bend` makes the street curve."""
     away = 1 - v.near / z
-    return (round((v.vanish + (x - v.offset) / z + v.bend * away * abs(away)) * v.pixels),
-            round((v.horizon + (v.eye - y) / z) * v.pixels))
+    return (
+        round((v.vanish + (x - v.offset) / z + v.bend * away * abs(away)) * v.pixels),
+        round((v.horizon + (v.eye - y) / z) * v.pixels),
+    )
 
 
 def in_view(v, x):
@@ -101,7 +184,9 @@ def brush(v, cls, x, z, flip=1.0, tall=1.0):
     fourth number is blended with that opacity.
     """
     fog = v.haze * max(0.0, 1 - v.near / z) ** 2
-    tone = [(t * (1 - fog), h * fog) for t, h in zip(v.tint, v.horizon_colour)]  # seen as colour * t * (1 - fog) + haze
+    tone = [
+        (t * (1 - fog), h * fog) for t, h in zip(v.tint, v.horizon_colour)
+    ]  # seen as colour * t * (1 - fog) + haze
 
     def stroke(shape, points, colour, light, glow):
         if not glow and len(colour) == 3:
@@ -112,8 +197,16 @@ def brush(v, cls, x, z, flip=1.0, tall=1.0):
 
     def polygon(points, colour, light=1.0, glow=False):
         """Any outline: points (x, y) or (x, y, z)."""
-        stroke("polygon", [project(v, x + p[0] * flip, p[1] * tall, z + p[2] if len(p) == 3 else z) for p in points],
-               colour, light, glow)
+        stroke(
+            "polygon",
+            [
+                project(v, x + p[0] * flip, p[1] * tall, z + p[2] if len(p) == 3 else z)
+                for p in points
+            ],
+            colour,
+            light,
+            glow,
+        )
 
     def wall(at, y0, y1, z0, z1, colour, light=1.0, glow=False):
         """A rectangle along the street, x = at."""
@@ -124,7 +217,10 @@ def brush(v, cls, x, z, flip=1.0, tall=1.0):
         polygon([(x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)], colour, light)
 
     def box(shape, x0, y0, x1, y1, colour, light=1.0, glow=False, z0=0.0, z1=0.0):
-        (a, b), (c, d) = project(v, x + x0 * flip, y0 * tall, z + z0), project(v, x + x1 * flip, y1 * tall, z + z1)
+        (a, b), (c, d) = (
+            project(v, x + x0 * flip, y0 * tall, z + z0),
+            project(v, x + x1 * flip, y1 * tall, z + z1),
+        )
         stroke(shape, [min(a, c), min(b, d), max(a, c), max(b, d)], colour, light, glow)
 
     def face(*args, **options):
@@ -142,12 +238,21 @@ def draw_shadow(v, x, z, half, length):
     """A soft shadow on the ground, away from the sun: nested ellipses, so that its edge fades."""
     pen, shift = brush(v, None, x, z), -v.sun * half * 0.5 * v.shadow
     for grow in (1.35, 1.1, 0.85):
-        pen.box("ellipse", shift - half * grow, 0, shift + half * grow, 0, (12, 14, 26, 110 * v.shadow),
-                z0=-0.25 * grow, z1=length * grow)
+        pen.box(
+            "ellipse",
+            shift - half * grow,
+            0,
+            shift + half * grow,
+            0,
+            (12, 14, 26, 110 * v.shadow),
+            z0=-0.25 * grow,
+            z1=length * grow,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage.
+
 
 def draw_sky(v):
     """Gradient, clouds, and the far end of the town on the horizon."""
@@ -161,14 +266,20 @@ def draw_sky(v):
         cx, cy, width = between(v, 0, 1), between(v, 0.02, 0.8) * v.horizon, between(v, 0.1, 0.36)
         for _ in range(5):  # a cloud: translucent ellipses, flat below
             x, r = cx + between(v, -0.5, 0.5) * width, width * between(v, 0.15, 0.4)
-            v.paint.ellipse([round(b * n) for b in (x - r, cy - r * 0.35, x + r, cy + r * 0.3)], fill=white)
+            v.paint.ellipse(
+                [round(b * n) for b in (x - r, cy - r * 0.35, x + r, cy + r * 0.3)], fill=white
+            )
     x, trees = -60.0, between(v, 0, 1)
     while x < 60:  # 60 m away, a few pixels high
         width = between(v, 4, 12)
         if v.rng.random() < trees:
-            brush(v, VEGETATION, x, 60).oval(width / 2, 2, width / 2 + 2, between(v, 3, 6), pick(v, v.leaves, 10), 0.85)
+            brush(v, VEGETATION, x, 60).oval(
+                width / 2, 2, width / 2 + 2, between(v, 3, 6), pick(v, v.leaves, 10), 0.85
+            )
         elif v.rng.random() < 0.8:
-            brush(v, BUILDING, x, 60).face(0, 0, width, between(v, 5, 13), pick(v, FACADES, 12), 0.8)
+            brush(v, BUILDING, x, 60).face(
+                0, 0, width, between(v, 5, 13), pick(v, FACADES, 12), 0.8
+            )
         x += width
 
 
@@ -178,7 +289,7 @@ def draw_ground(v):
     mark, worn = pick(v, [(236, 236, 230), (226, 226, 214), (238, 208, 120)], 6), between(v, 0, 0.5)
     mark = [m + (a - m) * worn for m, a in zip(mark, asphalt)]
     edge_lines, centre_line = v.rng.random() < 0.55, v.rng.random() < 0.85
-    depths = [v.near * 0.8 * 1.25 ** i for i in range(15)] + [1e4]
+    depths = [v.near * 0.8 * 1.25**i for i in range(15)] + [1e4]
     slices = [(z, far - z) for z, far in zip(depths, depths[1:])][::-1]
     brush(v, SIDEWALK, 0, 100).face(-99, -99, 99, v.eye, paving)
     for z, d in slices[1:]:
@@ -190,7 +301,9 @@ def draw_ground(v):
         line = [(0, 0, 0), (0.07, 0, 0), (0.07, 0, 4), (0.07, 0, 26), (0, 0, 26), (0, 0, 4)]
         brush(v, SIDEWALK, x + math.copysign(w, x), 4).polygon(line, paving, 0.78)
     for z, d in slices:
-        brush(v, SIDEWALK, 0, z).deck(-w - 0.4, w + 0.4, 0, d, [c * 0.4 + 128 for c in paving])  # kerbs
+        brush(v, SIDEWALK, 0, z).deck(
+            -w - 0.4, w + 0.4, 0, d, [c * 0.4 + 128 for c in paving]
+        )  # kerbs
         pen = brush(v, ROAD, 0, z)
         pen.deck(-w, w, 0, d, asphalt)
         for side in (-1, 1):
@@ -198,7 +311,9 @@ def draw_ground(v):
             if edge_lines:
                 pen.deck(side * (w - 0.5), side * (w - 0.68), 0, d, mark)
     for _ in range(int(between(v, 0, 4))):  # patches of newer asphalt
-        brush(v, ROAD, between(v, -w, w - 1.5), between(v, v.near, 25)).deck(0, 1.5, 0, between(v, 1, 5), asphalt, 0.86)
+        brush(v, ROAD, between(v, -w, w - 1.5), between(v, v.near, 25)).deck(
+            0, 1.5, 0, between(v, 1, 5), asphalt, 0.86
+        )
     if centre_line:
         first, dash, period = between(v, 3, 6), between(v, 2, 3.5), between(v, 5, 8)
         for i in range(8):
@@ -210,12 +325,24 @@ def draw_ground(v):
 
 def draw_building(v, side, x, z, length):
     """A house whose facade runs along the street at |x|, from z on; its near wall faces the camera."""
-    pen, height = brush(v, BUILDING, side * x, z, flip=side), pick(v, v.storeys) * 2.6 + between(v, 0, 1.2)
-    wall, roof, glass, awning = pick(v, FACADES, 12), pick(v, ROOFS, 12), pick(v, GLASS, 8), pick(v, CLOTHES, 10)
-    facing, front = (1.0, 0.84) if side * v.sun < 0 else (0.72, 0.92)  # light on the facade, on the near wall
+    pen, height = (
+        brush(v, BUILDING, side * x, z, flip=side),
+        pick(v, v.storeys) * 2.6 + between(v, 0, 1.2),
+    )
+    wall, roof, glass, awning = (
+        pick(v, FACADES, 12),
+        pick(v, ROOFS, 12),
+        pick(v, GLASS, 8),
+        pick(v, CLOTHES, 10),
+    )
+    facing, front = (
+        (1.0, 0.84) if side * v.sun < 0 else (0.72, 0.92)
+    )  # light on the facade, on the near wall
     if v.rng.random() < 0.5:  # a gable; otherwise the roof is flat
         ridge = height + between(v, 1.5, 3)
-        pen.polygon([(0, height), (0, height, length), (5, ridge, length), (5, ridge)], roof, facing)
+        pen.polygon(
+            [(0, height), (0, height, length), (5, ridge, length), (5, ridge)], roof, facing
+        )
         pen.polygon([(0, height), (10, height), (5, ridge)], wall, front)
     pen.face(0, 0, 14, height, wall, front)
     pen.wall(0, 0, height, 0, length, wall, facing)
@@ -232,29 +359,62 @@ def draw_building(v, side, x, z, length):
         for bay in range(bays):
             start, on = (bay + 0.25) * length / bays, v.rng.random() < v.lamps * 0.6
             bottom = 0 if floor == 0 and bay == bays // 2 else low  # a door in the middle
-            pen.wall(0, bottom, high, start, start + 0.5 * length / bays, LAMPLIGHT if on else glass, facing, glow=on)
+            pen.wall(
+                0,
+                bottom,
+                high,
+                start,
+                start + 0.5 * length / bays,
+                LAMPLIGHT if on else glass,
+                facing,
+                glow=on,
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The cast: each paints itself standing at (x, z).
 
+
 def draw_tree(v, x, z, height):
     """A trunk and a crown of blobs, lit from the sun's side; below 2 m a bush."""
-    pen, leaf, radius = brush(v, VEGETATION, x, z), pick(v, v.leaves, 14), height * between(v, 0.24, 0.36)
+    pen, leaf, radius = (
+        brush(v, VEGETATION, x, z),
+        pick(v, v.leaves, 14),
+        height * between(v, 0.24, 0.36),
+    )
     middle = height - radius if height > 2 else height * 0.4
     if height > 2:
-        pen.polygon([(-0.16, 0), (0.16, 0), (0.09, height * 0.6), (-0.09, height * 0.6)], (92, 72, 56))
-    blobs = [(between(v, -0.75, 0.75), between(v, -0.75, 0.6), between(v, 0.4, 0.7)) for _ in range(7 if z < 20 else 4)]
-    for light, size in ((0.72, 1.0), (1.0, 0.72), (1.25, 0.36)):  # dark at the rim, bright towards the sun
+        pen.polygon(
+            [(-0.16, 0), (0.16, 0), (0.09, height * 0.6), (-0.09, height * 0.6)], (92, 72, 56)
+        )
+    blobs = [
+        (between(v, -0.75, 0.75), between(v, -0.75, 0.6), between(v, 0.4, 0.7))
+        for _ in range(7 if z < 20 else 4)
+    ]
+    for light, size in (
+        (0.72, 1.0),
+        (1.0, 0.72),
+        (1.25, 0.36),
+    ):  # dark at the rim, bright towards the sun
         for dx, dy, r in blobs:
             lift = 1 - size
-            pen.oval((dx + v.sun * lift * 0.4) * radius, middle + (dy + lift * 0.3) * radius, r * radius * size,
-                     r * radius * size, leaf, light)
+            pen.oval(
+                (dx + v.sun * lift * 0.4) * radius,
+                middle + (dy + lift * 0.3) * radius,
+                r * radius * size,
+                r * radius * size,
+                leaf,
+                light,
+            )
 
 
 def draw_lamp(v, x, z):
     """A street lamp, its arm over the road."""
-    pen, t, on = brush(v, POLE, x, z, flip=-math.copysign(1, x)), thin(v, z, 0.12), v.rng.random() < v.lamps
+    pen, t, on = (
+        brush(v, POLE, x, z, flip=-math.copysign(1, x)),
+        thin(v, z, 0.12),
+        v.rng.random() < v.lamps,
+    )
     steel = pick(v, [(92, 96, 98), (140, 142, 144), (62, 70, 66)], 8)
     pen.face(-t, 0, t, 5.2, steel)
     pen.face(0, 5.2 - 2 * t, 1.3, 5.2, steel)
@@ -270,7 +430,14 @@ def draw_sign(v, x, z):
     pen = brush(v, SIGN, x, z)
 
     def triangle(k, colour):
-        pen.polygon([(-1.15 * k * r, y - 0.8 * k * r), (1.15 * k * r, y - 0.8 * k * r), (0, y + 1.2 * k * r)], colour)
+        pen.polygon(
+            [
+                (-1.15 * k * r, y - 0.8 * k * r),
+                (1.15 * k * r, y - 0.8 * k * r),
+                (0, y + 1.2 * k * r),
+            ],
+            colour,
+        )
 
     if kind < 2:
         pen.oval(0, y, r, r, RED)
@@ -295,12 +462,20 @@ def draw_sign(v, x, z):
 def draw_person(v, x, z, height):
     """Someone standing or walking: legs, arms, coat, perhaps a bag, hair, face."""
     k = height / 1.75
-    pen, stride, hem = brush(v, PERSON, x, z, k * pick(v, (-1, 1)), k), between(v, 0.02, 0.3), pick(v, (0.8, 0.8, 0.55))
+    pen, stride, hem = (
+        brush(v, PERSON, x, z, k * pick(v, (-1, 1)), k),
+        between(v, 0.02, 0.3),
+        pick(v, (0.8, 0.8, 0.55)),
+    )
     coat, trousers = pick(v, CLOTHES, 8), pick(v, CLOTHES[:5], 8)
-    pen.polygon([(-0.19, 0.85), (0.05, 0.85), (0.02 - stride, 0), (-0.18 - stride, 0)], trousers, 0.75)
+    pen.polygon(
+        [(-0.19, 0.85), (0.05, 0.85), (0.02 - stride, 0), (-0.18 - stride, 0)], trousers, 0.75
+    )
     pen.polygon([(-0.05, 0.85), (0.19, 0.85), (0.18 + stride, 0), (-0.02 + stride, 0)], trousers)
     pen.polygon([(-0.26, 1.46), (-0.34, 0.8), (-0.22, 0.8), (-0.14, 1.2)], coat, 0.7)
-    pen.polygon([(-0.27, 1.44), (-0.12, 1.52), (0.12, 1.52), (0.27, 1.44), (0.22, hem), (-0.22, hem)], coat)
+    pen.polygon(
+        [(-0.27, 1.44), (-0.12, 1.52), (0.12, 1.52), (0.27, 1.44), (0.22, hem), (-0.22, hem)], coat
+    )
     pen.polygon([(0.24, 1.46), (0.36, 0.85), (0.24, 0.8), (0.15, 1.2)], coat, 0.85)
     if v.rng.random() < 0.3:
         pen.face(0.26, 0.45, 0.5, 0.8, pick(v, CLOTHES, 8))
@@ -323,8 +498,20 @@ def draw_rider(v, x, z):
         v.ids.polygon(rim, fill=RIDER)
         tyre = tuple(int(36 * tint) for tint in v.tint)
         v.paint.line(rim + rim[:1], fill=tyre, width=max(2, round(0.09 / z * v.pixels)))
-    hip, knee, seat, pedals, handle = (-0.12, 0.98), (0.22, 0.66), (-0.1, 0.85), (0.0, 0.32), (0.45, 0.85)
-    for a, b in (((-0.56, 0.38), seat), (seat, pedals), (pedals, handle), (seat, handle), ((0.56, 0.38), (0.42, 1.05))):
+    hip, knee, seat, pedals, handle = (
+        (-0.12, 0.98),
+        (0.22, 0.66),
+        (-0.1, 0.85),
+        (0.0, 0.32),
+        (0.45, 0.85),
+    )
+    for a, b in (
+        ((-0.56, 0.38), seat),
+        (seat, pedals),
+        (pedals, handle),
+        (seat, handle),
+        ((0.56, 0.38), (0.42, 1.05)),
+    ):
         bar(a, b, t, frame)
     for light, joint, foot in ((0.75, knee, (0.04, 0.22)), (1.0, (0.1, 0.6), (-0.08, 0.2))):
         bar(hip, joint, t * 1.8, trousers, light)
@@ -332,7 +519,9 @@ def draw_rider(v, x, z):
     pen.polygon([(-0.3, 0.95), (0.02, 0.9), (0.36, 1.42), (0.2, 1.6), (0.0, 1.55)], coat)
     bar((0.24, 1.4), (0.46, 1.06), t * 1.5, coat, 0.8)
     pen.oval(0.29, 1.67, 0.15, 0.17, pick(v, SKIN, 8))
-    pen.polygon([(0.1, 1.7), (0.46, 1.72), (0.38, 1.9), (0.2, 1.92)], pick(v, PAINT + CLOTHES[:3], 8))  # helmet
+    pen.polygon(
+        [(0.1, 1.7), (0.46, 1.72), (0.38, 1.9), (0.2, 1.92)], pick(v, PAINT + CLOTHES[:3], 8)
+    )  # helmet
 
 
 def visible_flank(v, x, z):
@@ -343,14 +532,34 @@ def visible_flank(v, x, z):
 
 def draw_car(v, x, z, view):
     """A car: "side" (crossing) as a profile; "behind" or "oncoming" as a body and a cabin with one flank visible."""
-    colour, glass, roof, night = pick(v, PAINT, 10), (54, 64, 78), between(v, 1.42, 1.7), v.lamps > 0.25
+    colour, glass, roof, night = (
+        pick(v, PAINT, 10),
+        (54, 64, 78),
+        between(v, 1.42, 1.7),
+        v.lamps > 0.25,
+    )
     if view == "side":
         pen = brush(v, CAR, x, z, flip=pick(v, (-1, 1)))
-        pen.polygon([(-2.1, 0.25), (-2.1, 0.9), (-1.7, 0.98), (-1.1, roof), (0.5, roof), (1.15, 0.95), (2.0, 0.82),
-                     (2.1, 0.25)], colour)
+        pen.polygon(
+            [
+                (-2.1, 0.25),
+                (-2.1, 0.9),
+                (-1.7, 0.98),
+                (-1.1, roof),
+                (0.5, roof),
+                (1.15, 0.95),
+                (2.0, 0.82),
+                (2.1, 0.25),
+            ],
+            colour,
+        )
         pen.face(-2.1, 0.25, 2.1, 0.5, colour, 0.7)
-        pen.polygon([(-1.45, 0.95), (-1.0, roof - 0.12), (-0.35, roof - 0.12), (-0.35, 0.95)], glass)
-        pen.polygon([(-0.2, 0.95), (-0.2, roof - 0.12), (0.4, roof - 0.12), (0.9, 0.95)], glass, 1.15)
+        pen.polygon(
+            [(-1.45, 0.95), (-1.0, roof - 0.12), (-0.35, roof - 0.12), (-0.35, 0.95)], glass
+        )
+        pen.polygon(
+            [(-0.2, 0.95), (-0.2, roof - 0.12), (0.4, roof - 0.12), (0.9, 0.95)], glass, 1.15
+        )
         pen.face(1.8, 0.6, 2.06, 0.76, HEADLIGHT, glow=night)
         pen.face(-2.1, 0.66, -1.9, 0.84, RED, glow=night)
         for wheel in (-1.3, 1.3):
@@ -359,21 +568,34 @@ def draw_car(v, x, z, view):
         return
     side, flank = visible_flank(v, x, z)
     pen, oncoming, belt = brush(v, CAR, x, z, flip=side), view == "oncoming", 0.88
-    (b0, b1), (t0, t1) = ((1.1, 4.0), (1.75, 3.6)) if oncoming else ((0.25, 3.1), (0.85, 2.4))  # cabin: bottom, top
+    (b0, b1), (t0, t1) = (
+        ((1.1, 4.0), (1.75, 3.6)) if oncoming else ((0.25, 3.1), (0.85, 2.4))
+    )  # cabin: bottom, top
     for tyre in (-0.78, 0.5):
         pen.face(tyre, 0, tyre + 0.28, 0.4, BLACK)
     pen.wall(0.9, 0.25, belt, 0, 4.1, colour, flank)
     for wheel in (0.8, 3.2):
         pen.polygon([(0.9, 0.34 + 0.34 * s, wheel + 0.36 * c) for c, s in CIRCLE], BLACK)
     pen.deck(-0.9, 0.9, 0, 4.1, colour, 1.1, y=belt)
-    pen.polygon([(0.86, belt, b0), (0.72, roof, t0), (0.72, roof, t1), (0.86, belt, b1)], glass, flank)
+    pen.polygon(
+        [(0.86, belt, b0), (0.72, roof, t0), (0.72, roof, t1), (0.86, belt, b1)], glass, flank
+    )
     pen.deck(-0.72, 0.72, t0, t1, colour, 1.15, y=roof)
-    pen.polygon([(-0.86, belt, b0), (-0.72, roof, t0), (0.72, roof, t0), (0.86, belt, b0)], colour, 0.9)
-    pen.polygon([(-0.74, belt + 0.06, b0), (-0.62, roof - 0.1, t0), (0.62, roof - 0.1, t0), (0.74, belt + 0.06, b0)],
-                (96, 116, 134) if oncoming else glass)
+    pen.polygon(
+        [(-0.86, belt, b0), (-0.72, roof, t0), (0.72, roof, t0), (0.86, belt, b0)], colour, 0.9
+    )
+    pen.polygon(
+        [
+            (-0.74, belt + 0.06, b0),
+            (-0.62, roof - 0.1, t0),
+            (0.62, roof - 0.1, t0),
+            (0.74, belt + 0.06, b0),
+        ],
+        (96, 116, 134) if oncoming else glass,
+    )
     pen.face(-0.9, 0.24, 0.9, belt, colour, 0.85)
-    pen.face(-0.9, 0.24, 0.9, 0.42, (52, 52, 56))   # bumper
-    pen.face(-0.26, 0.4, 0.26, 0.54, WHITE)         # plate
+    pen.face(-0.9, 0.24, 0.9, 0.42, (52, 52, 56))  # bumper
+    pen.face(-0.26, 0.4, 0.26, 0.54, WHITE)  # plate
     for lamp in (-0.86, 0.56):
         pen.face(lamp, 0.56, lamp + 0.3, 0.76, HEADLIGHT if oncoming else RED, glow=night)
 
@@ -381,7 +603,9 @@ def draw_car(v, x, z, view):
 def draw_truck(v, x, z, view):
     """A truck: a cab and a taller cargo box, in the same three views."""
     cab, steel, night = pick(v, PAINT, 10), (58, 58, 62), v.lamps > 0.25
-    cargo = pick(v, [cab, (232, 232, 230), (206, 200, 188), (190, 60, 48), (70, 104, 150), (92, 122, 96)], 8)
+    cargo = pick(
+        v, [cab, (232, 232, 230), (206, 200, 188), (190, 60, 48), (70, 104, 150), (92, 122, 96)], 8
+    )
     if view == "side":
         pen = brush(v, TRUCK, x, z, flip=pick(v, (-1, 1)))
         pen.face(-2.9, 0.4, 2.7, 0.75, steel)
@@ -404,7 +628,11 @@ def draw_truck(v, x, z, view):
     pen.wall(1.15, 0.6, 2.3, 4.9, 6.5, cab, flank)
     pen.wall(1.15, 0.7, 3.0, start, start + 4.8, cargo, flank)
     pen.deck(-1.15, 1.15, start, start + 4.8, cargo, 1.12, y=3.0)
-    pen.polygon([(-1.15, 0.7, start), (-1.15, 3.0, start), (1.15, 3.0, start), (1.15, 0.7, start)], cargo, 0.88)
+    pen.polygon(
+        [(-1.15, 0.7, start), (-1.15, 3.0, start), (1.15, 3.0, start), (1.15, 0.7, start)],
+        cargo,
+        0.88,
+    )
     if oncoming:
         pen.wall(1.1, 0.4, 2.4, 0, 1.7, cab, flank)
         pen.face(-1.1, 0.4, 1.1, 2.4, cab, 0.95)
@@ -420,17 +648,26 @@ def draw_truck(v, x, z, view):
 # ---------------------------------------------------------------------------------------------------------------------
 # The scene.
 
+
 def populate(v):
     """Decides who stands where. Paints houses, then all shadows (they lie on the ground), then everyone far to near."""
     w, chance, cast = v.half_road, v.rng.random, []
 
     def place(paint, x, z, half, length, *args):
         """Adds an actor, unless its place (2 * half wide, length deep) is taken."""
-        if all(abs(x - ox) > half + other or z > oz + depth or oz > z + length for oz, ox, other, depth, _, _ in cast):
+        if all(
+            abs(x - ox) > half + other or z > oz + depth or oz > z + length
+            for oz, ox, other, depth, _, _ in cast
+        ):
             cast.append((z, x, half, length, paint, args))
 
     for side in (-1, 1):  # houses; trees or hedges in the gaps between them
-        x, z, built, row = w + between(v, 3.4, 7.0), between(v, 3, 7), pick(v, (0.3, 0.65, 0.95)), []
+        x, z, built, row = (
+            w + between(v, 3.4, 7.0),
+            between(v, 3, 7),
+            pick(v, (0.3, 0.65, 0.95)),
+            [],
+        )
         while z < 75:
             row.append((z, between(v, 6, 13), chance() < built))
             z += row[-1][1] + (between(v, 0, 4) if chance() < 0.4 else 0)
@@ -439,15 +676,25 @@ def populate(v):
                 draw_building(v, side, x, z, length)
             elif z > 6 and chance() < 0.75:
                 for _ in range(2):
-                    draw_tree(v, side * (x + between(v, 1, 4)), z + length * chance(), between(v, 1.5, 6.0))
+                    draw_tree(
+                        v,
+                        side * (x + between(v, 1, 4)),
+                        z + length * chance(),
+                        between(v, 1.5, 6.0),
+                    )
 
     trucks = 1 if chance() < 0.36 else 0
     for lane in (-1, 1):  # traffic keeps to the right, or where v.drives is -1 to the left
         view, parked = "behind" if lane == v.drives else "oncoming", chance() < 0.22 and w > 3.3
         z = between(v, 6.5, 20)
         for _ in range(pick(v, (0, 1, 1, 2))):
-            x, turned = lane * w * (0.25 if parked else 0.5) + between(v, -0.2, 0.2), chance() < 0.12
-            paint, half, length = (draw_car, 0.95, 4.2) if trucks < 1 or chance() < 0.4 else (draw_truck, 1.2, 6.6)
+            x, turned = (
+                lane * w * (0.25 if parked else 0.5) + between(v, -0.2, 0.2),
+                chance() < 0.12,
+            )
+            paint, half, length = (
+                (draw_car, 0.95, 4.2) if trucks < 1 or chance() < 0.4 else (draw_truck, 1.2, 6.6)
+            )
             trucks -= paint is draw_truck
             if turned:
                 place(paint, x, max(z, 9), 2.9 if paint is draw_truck else 2.1, 1.5, "side")
@@ -462,7 +709,11 @@ def populate(v):
         for _ in range(pick(v, (2, 3, 4, 4, 6))):
             crossing = chance() < (0.5 if v.zebra else 0.12)
             x = between(v, -w, w) if crossing else pick(v, (-1, 1)) * (w + between(v, 0.6, 2.6))
-            z = v.zebra + between(v, 0.3, 2.5) if v.zebra and crossing else in_view(v, x) + between(v, 0, 5)
+            z = (
+                v.zebra + between(v, 0.3, 2.5)
+                if v.zebra and crossing
+                else in_view(v, x) + between(v, 0, 5)
+            )
             place(draw_person, x, z, 0.35, 0.5, between(v, 1.6, 2.0))
     if chance() < 0.3:
         for _ in range(pick(v, (1, 1, 2))):
@@ -498,21 +749,36 @@ def scene(split: str, index: int, size: int = SIZE) -> tuple[np.ndarray, np.ndar
     if split not in SPLITS:
         raise ValueError(f"street has no split {split!r}; there are {', '.join(SPLITS)}")
     if not 0 <= index < SPLITS[split]:
-        raise ValueError(f"street's split {split} holds scenes 0 to {SPLITS[split] - 1}, not {index}")
+        raise ValueError(
+            f"street's split {split} holds scenes 0 to {SPLITS[split] - 1}, not {index}"
+        )
     rng = np.random.default_rng([list(SPLITS).index(split), int(index)])
     canvas = Image.new("RGB", (size * FINE, size * FINE))
     ids = Image.new("L", canvas.size)
-    v = SimpleNamespace(rng=rng, pixels=size * FINE, paint=ImageDraw.Draw(canvas, "RGBA"), ids=ImageDraw.Draw(ids))
+    v = SimpleNamespace(
+        rng=rng, pixels=size * FINE, paint=ImageDraw.Draw(canvas, "RGBA"), ids=ImageDraw.Draw(ids)
+    )
 
     v.zenith, v.horizon_colour, v.tint, v.haze, v.shadow, v.lamps = pick(v, LIGHTS)
-    v.sun, v.drives = pick(v, (-1, 1)), pick(v, (1, 1, 1, -1))           # side of the sun, side of the traffic
-    v.horizon, v.vanish = between(v, 0.27, 0.43), between(v, 0.36, 0.64)  # vanishing point, in image heights and widths
-    v.near, v.offset = between(v, 4.8, 6.2), between(v, -2.2, 2.2)        # lower edge's z; the camera's x, metres
-    v.eye = (1 - v.horizon) * v.near                                      # height of the camera, which follows
+    v.sun, v.drives = (
+        pick(v, (-1, 1)),
+        pick(v, (1, 1, 1, -1)),
+    )  # side of the sun, side of the traffic
+    v.horizon, v.vanish = (
+        between(v, 0.27, 0.43),
+        between(v, 0.36, 0.64),
+    )  # vanishing point, in image heights and widths
+    v.near, v.offset = (
+        between(v, 4.8, 6.2),
+        between(v, -2.2, 2.2),
+    )  # lower edge's z; the camera's x, metres
+    v.eye = (1 - v.horizon) * v.near  # height of the camera, which follows
     v.bend, v.half_road = between(v, -0.16, 0.16), between(v, 2.7, 4.2)
     v.storeys = pick(v, ((1, 2), (2, 3), (2, 3, 4)))
     v.leaves = [pick(v, LEAVES + AUTUMN if v.rng.random() < 0.3 else LEAVES, 10) for _ in range(3)]
-    v.zebra = between(v, 7, 15) if v.rng.random() < 0.25 else 0.0         # z of a crossing, if there is one
+    v.zebra = (
+        between(v, 7, 15) if v.rng.random() < 0.25 else 0.0
+    )  # z of a crossing, if there is one
 
     draw_sky(v)
     draw_ground(v)
@@ -521,9 +787,13 @@ def scene(split: str, index: int, size: int = SIZE) -> tuple[np.ndarray, np.ndar
     # The sensor: exposure and white balance, then grain (four bytes added up, nearly normal). All in integers.
     exposure = between(v, 215, 295)
     gain = [int(exposure * between(v, 0.94, 1.06)) for _ in range(3)]
-    grain = rng.integers(0, 256, (4, size, size, 3), dtype=np.uint8).sum(0, dtype=np.int32) - 510  # spread 148
-    image = (np.asarray(canvas.reduce(FINE), dtype=np.int32) * gain + grain * int(between(v, 3, 13))) >> 8
-    label = np.asarray(ids)[FINE // 2::FINE, FINE // 2::FINE]
+    grain = (
+        rng.integers(0, 256, (4, size, size, 3), dtype=np.uint8).sum(0, dtype=np.int32) - 510
+    )  # spread 148
+    image = (
+        np.asarray(canvas.reduce(FINE), dtype=np.int32) * gain + grain * int(between(v, 3, 13))
+    ) >> 8
+    label = np.asarray(ids)[FINE // 2 :: FINE, FINE // 2 :: FINE]
     return image.clip(0, 255).astype(np.uint8), label.copy()
 
 
@@ -532,7 +802,11 @@ def contact_sheet(path, rows=6, columns=6, zoom=3):
     sheet = []
     for row in range(rows):
         pairs = [scene("train", row * columns + column) for column in range(columns)]
-        sheet.append(np.hstack([side for image, label in pairs for side in (image, np.uint8(PALETTE)[label])]))
+        sheet.append(
+            np.hstack(
+                [side for image, label in pairs for side in (image, np.uint8(PALETTE)[label])]
+            )
+        )
     sheet = Image.fromarray(np.vstack(sheet))
     sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST).save(path)
 

@@ -13,6 +13,7 @@ No digit is used in two of the training, validation and test pictures. The layou
     DIR/labels/{train,val,test}/NNNN.png    palette PNGs of that size: 0 background, 1 ... 10 the digits (255: not labelled)
     DIR/classes.txt                         one class name a line, in the order of the indices
 """
+
 import argparse
 import math
 import shlex
@@ -22,13 +23,55 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-CLASSES = ("background", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PALETTE = [(38, 40, 48), (231, 76, 60), (243, 156, 18), (241, 216, 76), (139, 195, 74), (38, 166, 122), (72, 201, 224),
-           (66, 133, 244), (126, 87, 214), (224, 92, 186), (188, 152, 126)]
-GROUNDS = [(236, 228, 208), (222, 224, 226), (196, 170, 128), (150, 110, 74), (118, 134, 120), (168, 182, 196),
-           (72, 78, 84), (56, 74, 66), (204, 148, 132), (94, 66, 48)]  # paper, card, wood, slate, blackboard
-INKS = [(28, 30, 40), (36, 52, 120), (130, 30, 34), (24, 84, 60), (80, 50, 30), (240, 238, 230), (246, 214, 110),
-        (150, 206, 220), (250, 170, 150)]  # pens, chalks
+CLASSES = (
+    "background",
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+)
+PALETTE = [
+    (38, 40, 48),
+    (231, 76, 60),
+    (243, 156, 18),
+    (241, 216, 76),
+    (139, 195, 74),
+    (38, 166, 122),
+    (72, 201, 224),
+    (66, 133, 244),
+    (126, 87, 214),
+    (224, 92, 186),
+    (188, 152, 126),
+]
+GROUNDS = [
+    (236, 228, 208),
+    (222, 224, 226),
+    (196, 170, 128),
+    (150, 110, 74),
+    (118, 134, 120),
+    (168, 182, 196),
+    (72, 78, 84),
+    (56, 74, 66),
+    (204, 148, 132),
+    (94, 66, 48),
+]  # paper, card, wood, slate, blackboard
+INKS = [
+    (28, 30, 40),
+    (36, 52, 120),
+    (130, 30, 34),
+    (24, 84, 60),
+    (80, 50, 30),
+    (240, 238, 230),
+    (246, 214, 110),
+    (150, 206, 220),
+    (250, 170, 150),
+]  # pens, chalks
 
 
 def split_digits(targets, seed):
@@ -51,14 +94,18 @@ def draw_ground(rng, size):
     """Paper, a board or a stained wall, lit from one side: float [size, size, 3], 0..255, and its base colour [3]."""
     base = np.array(GROUNDS[rng.integers(len(GROUNDS))]) + rng.uniform(-12, 12, 3)
     kind = rng.integers(3)
-    if kind == 0:    # paper: fine fibres
-        texture = 6 * smooth_noise(rng, size, size // 2, size // 2) + 6 * smooth_noise(rng, size, 5, 5)
+    if kind == 0:  # paper: fine fibres
+        texture = 6 * smooth_noise(rng, size, size // 2, size // 2) + 6 * smooth_noise(
+            rng, size, 5, 5
+        )
     elif kind == 1:  # wood: rings, drawn out along the grain
-        texture = 16 * np.sin(9 * smooth_noise(rng, size, 7, 2)) + 7 * smooth_noise(rng, size, size // 2, 4)
+        texture = 16 * np.sin(9 * smooth_noise(rng, size, 7, 2)) + 7 * smooth_noise(
+            rng, size, size // 2, 4
+        )
         texture = texture.T if rng.random() < 0.5 else texture
-    else:            # blotches
+    else:  # blotches
         texture = 26 * smooth_noise(rng, size, 6, 6) + 12 * smooth_noise(rng, size, 14, 14)
-    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     angle = rng.uniform(0, 2 * math.pi)
     light = 1 + rng.uniform(0, 0.22) * (x * math.cos(angle) + y * math.sin(angle))
     return (base + texture[..., None] * rng.uniform(0.7, 1.1, 3)) * light[..., None], base
@@ -69,11 +116,20 @@ def draw_digit(rng, digit, height):
     n, turn, slant = math.ceil(1.5 * height), rng.uniform(-0.15, 0.15), rng.uniform(-0.12, 0.12)
     stretch = rng.uniform(0.9, 1.1)
     cos, sin, unit = math.cos(turn), math.sin(turn), 8 / height
-    a, b, d, e = unit * stretch * (cos + slant * sin), unit * stretch * (slant * cos - sin), unit * sin, unit * cos
-    middle = n / 2  # picture coordinates (u, v) -> digit coordinates; the digit lies in the middle of 12x12
+    a, b, d, e = (
+        unit * stretch * (cos + slant * sin),
+        unit * stretch * (slant * cos - sin),
+        unit * sin,
+        unit * cos,
+    )
+    middle = (
+        n / 2
+    )  # picture coordinates (u, v) -> digit coordinates; the digit lies in the middle of 12x12
     source = Image.fromarray(np.pad(digit, 2).astype(np.float32))
     matrix = (a, b, 6 - (a + b) * middle, d, e, 6 - (d + e) * middle)
-    return np.asarray(source.transform((n, n), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC))
+    return np.asarray(
+        source.transform((n, n), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+    )
 
 
 def draw_scene(rng, digits, targets, indices, size=64):
@@ -88,16 +144,21 @@ def draw_scene(rng, digits, targets, indices, size=64):
         stroke = draw_digit(rng, digits[index], rng.uniform(0.3, 0.42) * size)
         ink, mask = np.array(inks[rng.integers(len(inks))]) + rng.uniform(-10, 10, 3), stroke > 5
         ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        stroke, mask = (m[ys[0]:ys[-1] + 1, xs[0]:xs[-1] + 1] for m in (stroke, mask))
+        stroke, mask = (m[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1] for m in (stroke, mask))
         h, w = mask.shape
         places = [(rng.integers(0, size - h + 1), rng.integers(0, size - w + 1)) for _ in range(30)]
-        places = [(y, x) for y, x in places if not (label[y:y + h, x:x + w] * mask).any()]  # may touch, never cover
+        places = [
+            (y, x) for y, x in places if not (label[y : y + h, x : x + w] * mask).any()
+        ]  # may touch, never cover
         if not places:
             continue
         y, x = places[0]
-        window, opacity = image[y:y + h, x:x + w], np.clip((stroke - 4) / 5, 0, 1)[..., None] * rng.uniform(0.85, 1)
+        window, opacity = (
+            image[y : y + h, x : x + w],
+            np.clip((stroke - 4) / 5, 0, 1)[..., None] * rng.uniform(0.85, 1),
+        )
         window += (ink - window) * opacity
-        label[y:y + h, x:x + w][mask] = targets[index] + 1
+        label[y : y + h, x : x + w][mask] = targets[index] + 1
         used.append(int(index))
     image += rng.normal(0, rng.uniform(2, 6), image.shape)
     return image.clip(0, 255).astype(np.uint8), label, used
@@ -110,12 +171,18 @@ def refuse(message):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dir", metavar="DIR", type=Path, help="where to write; must not exist, or be empty")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "dir", metavar="DIR", type=Path, help="where to write; must not exist, or be empty"
+    )
     parser.add_argument("--train", type=int, default=600, help="training pictures")
     parser.add_argument("--val", type=int, default=150, help="validation pictures")
     parser.add_argument("--test", type=int, default=300, help="test pictures")
-    parser.add_argument("--size", type=int, default=64, help="width and height in pixels, 32 or more")
+    parser.add_argument(
+        "--size", type=int, default=64, help="width and height in pixels, 32 or more"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if min(args.train, args.val, args.test) < 1:
@@ -132,7 +199,9 @@ def main():
         refuse("the digits come with scikit-learn: pip install scikit-learn")
 
     data = load_digits()
-    for number, (split, count) in enumerate((("train", args.train), ("val", args.val), ("test", args.test))):
+    for number, (split, count) in enumerate(
+        (("train", args.train), ("val", args.val), ("test", args.test))
+    ):
         indices = split_digits(data.target, args.seed)[number]
         for kind in ("images", "labels"):
             try:
@@ -147,9 +216,13 @@ def main():
             label.putpalette([channel for colour in PALETTE for channel in colour])
             label.save(args.dir / "labels" / split / f"{i:04d}.png")
     (args.dir / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    print(f"{args.dir}: {args.train} training, {args.val} validation and {args.test} test pictures, {args.size}x{args.size}, with labels")
+    print(
+        f"{args.dir}: {args.train} training, {args.val} validation and {args.test} test pictures, {args.size}x{args.size}, with labels"
+    )
     folder = shlex.quote(str(args.dir))
-    print(f"try: accelerate launch train_semi.py --reco --dataset folder --data-path {folder} --num-labeled 60 --recipe street --warmup-iterations 600")
+    print(
+        f"try: accelerate launch train_semi.py --reco --dataset folder --data-path {folder} --num-labeled 60 --recipe street --warmup-iterations 600"
+    )
 
 
 if __name__ == "__main__":

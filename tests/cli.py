@@ -1,4 +1,5 @@
 """Run a script of the repository as a user does."""
+
 import atexit
 import functools
 import json
@@ -9,23 +10,69 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "16", "--low-channels", "8", "--rep-dim", "8", "--crop-size", "48", "--num-workers", "0"]
-ENVIRONMENT = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+SMALL = [
+    "--backbone",
+    "test_resnet",
+    "--no-pretrained",
+    "--channels",
+    "16",
+    "--low-channels",
+    "8",
+    "--rep-dim",
+    "8",
+    "--crop-size",
+    "48",
+    "--num-workers",
+    "0",
+]
+ENVIRONMENT = {
+    "ACCELERATE_USE_CPU": "1",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
-def run_script(*command, processes: int = 1, timeout: float = 300, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+def run_script(
+    *command, processes: int = 1, timeout: float = 300, cwd=ROOT, **environment
+) -> subprocess.CompletedProcess:
     """`python SCRIPT ...`, or under torchrun with several gloo processes on the CPU."""
     command = [str(part) for part in command]
     command[0] = str(ROOT / command[0])
-    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run([*launcher, *command], cwd=cwd, env={**os.environ, **ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=timeout)
+    launcher = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
+    )
+    return subprocess.run(
+        [*launcher, *command],
+        cwd=cwd,
+        env={**os.environ, **ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 @functools.cache
 def forks() -> subprocess.Popen:
-    weights = tempfile.TemporaryDirectory()  # no pretrained weights, whoever runs the tests; the place is read on import
-    server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "many.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              env={**os.environ, **ENVIRONMENT, "HF_HOME": weights.name})
+    weights = (
+        tempfile.TemporaryDirectory()
+    )  # no pretrained weights, whoever runs the tests; the place is read on import
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "many.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ENVIRONMENT, "HF_HOME": weights.name},
+    )
     atexit.register(weights.cleanup)
     atexit.register(server.kill)
     return server
@@ -33,7 +80,11 @@ def forks() -> subprocess.Popen:
 
 def run_many(commands: list, cwd=ROOT, **environment) -> list:
     """[status, stdout, stderr] of each command line. The libraries are imported once for all (many.py), which saves several seconds each."""
-    task = {"commands": [[str(word) for word in command] for command in commands], "cwd": str(cwd), "environment": {**os.environ, **ENVIRONMENT, **environment}}
+    task = {
+        "commands": [[str(word) for word in command] for command in commands],
+        "cwd": str(cwd),
+        "environment": {**os.environ, **ENVIRONMENT, **environment},
+    }
     server = forks()
     server.stdin.write(json.dumps(task) + "\n")
     server.stdin.flush()
@@ -51,6 +102,10 @@ def fork(*command, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
 
 def check(*command, processes: int = 1, **options) -> str:
     """Its standard output; the run must succeed."""
-    done = fork(*command, **options) if processes == 1 else run_script(*command, processes=processes, **options)
+    done = (
+        fork(*command, **options)
+        if processes == 1
+        else run_script(*command, processes=processes, **options)
+    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout

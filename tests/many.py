@@ -3,6 +3,7 @@
 Every line of standard input is a JSON object (commands: a list of [script, argument, ...]; cwd; environment), every line of standard output the
 JSON list of their [status, stdout, stderr].
 """
+
 import functools
 import json
 import os
@@ -19,15 +20,31 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
+
     torch.set_num_threads(1)
-    import bench, evaluate, predict, train_semi, train_supervised  # noqa: E401, F401
+    import bench  # noqa: F401
     import street
+
     street.scene, drawn = functools.cache(street.scene), False
     for line in sys.stdin:
         task = json.loads(line)
-        if not drawn and any("--dataset" not in command and command[0].startswith("train") and "--resume" not in command for command in task["commands"]):
-            drawn = [street.scene(part, i) for part in ("train", "val") for i in range(street.SPLITS[part])]
-        print(json.dumps([run(command, task["cwd"], task["environment"]) for command in task["commands"]]), flush=True)
+        if not drawn and any(
+            "--dataset" not in command
+            and command[0].startswith("train")
+            and "--resume" not in command
+            for command in task["commands"]
+        ):
+            drawn = [
+                street.scene(part, i)
+                for part in ("train", "val")
+                for i in range(street.SPLITS[part])
+            ]
+        print(
+            json.dumps(
+                [run(command, task["cwd"], task["environment"]) for command in task["commands"]]
+            ),
+            flush=True,
+        )
 
 
 def run(command: list[str], cwd: str, environment: dict[str, str]) -> list:
@@ -38,7 +55,16 @@ def run(command: list[str], cwd: str, environment: dict[str, str]) -> list:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            for name in ("run", "data", "evaluate", "predict", "models", "train_semi", "train_supervised", "bench"):
+            for name in (
+                "run",
+                "data",
+                "evaluate",
+                "predict",
+                "models",
+                "train_semi",
+                "train_supervised",
+                "bench",
+            ):
                 sys.modules.pop(name, None)  # a script is its own __main__
             sys.argv = [str(ROOT / command[0]), *command[1:]]
             status = 1

@@ -1,4 +1,5 @@
 """Metrics against torchmetrics and a literal erosion, predictions that must not depend on how they are made, and evaluate.py as a user runs it."""
+
 import json
 import sys
 from argparse import Namespace
@@ -7,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from cli import ROOT, run_script
 from PIL import Image
-from test_models import published_weights
 from torch import nn
 
 import data
@@ -18,22 +17,49 @@ import models
 import predict
 import run
 import trees
+from cli import ROOT, run_script
 from data import IGNORE
 from evaluate import Metrics, predict_probabilities, tile_starts
+from test_models import published_weights
 
 
 def make_run(folder, dataset="street", data_path=None, max_size=1024, **network):
     """The folder of a run whose small network has random weights, and batch-norm statistics that make it predict many classes."""
     source = data.load_source(dataset, data_path and str(data_path), max_size)
     torch.manual_seed(0)
-    shape = dict(num_classes=len(source.classes), backbone="test_resnet", rep_dim=8, output_stride=8, decoder_stride=2, channels=16, low_channels=8, aspp_rates=[1, 2, 3]) | network
+    shape = (
+        dict(
+            num_classes=len(source.classes),
+            backbone="test_resnet",
+            rep_dim=8,
+            output_stride=8,
+            decoder_stride=2,
+            channels=16,
+            low_channels=8,
+            aspp_rates=[1, 2, 3],
+        )
+        | network
+    )
     model = models.DeepLabV3Plus(**shape, pretrained=False)
     images = torch.stack([data.street_scene("train", i)[0] for i in range(8)])
     for _ in range(20):
         model(data.normalise(data.to_float(images, "cpu")))
     run.write_weights(folder, model)
-    run.write_json(folder / "config.json", {"model": shape, "classes": source.classes, "palette": source.palette, "crop_size": [48, 48], "arguments":
-                                            {"script": "train_semi.py", "dataset": dataset, "data_path": data_path and str(data_path), "max_size": max_size}})
+    run.write_json(
+        folder / "config.json",
+        {
+            "model": shape,
+            "classes": source.classes,
+            "palette": source.palette,
+            "crop_size": [48, 48],
+            "arguments": {
+                "script": "train_semi.py",
+                "dataset": dataset,
+                "data_path": data_path and str(data_path),
+                "max_size": max_size,
+            },
+        },
+    )
     return folder
 
 
@@ -51,6 +77,7 @@ def script(monkeypatch, capsys):
         except SystemExit as stop:
             status = stop.code or 0
         return status, *capsys.readouterr()
+
     return call
 
 
@@ -58,14 +85,27 @@ def script(monkeypatch, capsys):
 def own(tmp_path_factory):
     """A user's data of 7 validation images, and a run on them."""
     root = tmp_path_factory.mktemp("own")
-    return make_run(root / "run", "folder", trees.folder(root / "data", train=1, val=7, unlabelled=0, size=(50, 70), painted=1.0))
+    return make_run(
+        root / "run",
+        "folder",
+        trees.folder(root / "data", train=1, val=7, unlabelled=0, size=(50, 70), painted=1.0),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 def random_maps(rng, classes, shape, void=0.2):
-    blocks = rng.integers(classes, size=(shape[0], -(-shape[1] // 6), -(-shape[2] // 6))).repeat(6, 1).repeat(6, 2)[:, :shape[1], :shape[2]]
+    blocks = (
+        rng.integers(classes, size=(shape[0], -(-shape[1] // 6), -(-shape[2] // 6)))
+        .repeat(6, 1)
+        .repeat(6, 2)[:, : shape[1], : shape[2]]
+    )
     prediction = np.where(rng.random(shape) < 0.9, blocks, rng.integers(classes, size=shape))
-    hole = rng.random((shape[0], shape[1] // 8 + 1, shape[2] // 8 + 1)).repeat(8, 1).repeat(8, 2)[:, :shape[1], :shape[2]] < void
+    hole = (
+        rng.random((shape[0], shape[1] // 8 + 1, shape[2] // 8 + 1))
+        .repeat(8, 1)
+        .repeat(8, 2)[:, : shape[1], : shape[2]]
+        < void
+    )
     return torch.from_numpy(prediction), torch.from_numpy(np.where(hole, IGNORE, blocks))
 
 
@@ -79,7 +119,12 @@ def measure(prediction, label, classes):
 def test_miou_is_that_of_torchmetrics(seed):
     classification = pytest.importorskip("torchmetrics.classification")
     classes, rng = 9, np.random.default_rng(seed)
-    theirs = {average: classification.MulticlassJaccardIndex(classes, average=average, ignore_index=IGNORE) for average in ("macro", "none")}
+    theirs = {
+        average: classification.MulticlassJaccardIndex(
+            classes, average=average, ignore_index=IGNORE
+        )
+        for average in ("macro", "none")
+    }
     ours = Metrics(classes)
     for _ in range(3):  # classes 7 and 8 are absent, 6 is predicted alone
         prediction, label = random_maps(rng, 7, (2, 37, 53))
@@ -89,7 +134,9 @@ def test_miou_is_that_of_torchmetrics(seed):
             metric.update(prediction, label)
     results = ours.results()
     assert results["miou"] == pytest.approx(theirs["macro"].compute().item(), abs=1e-6)
-    assert [0.0 if v is None else v for v in results["iou"]] == pytest.approx(theirs["none"].compute().tolist(), abs=1e-6)
+    assert [0.0 if v is None else v for v in results["iou"]] == pytest.approx(
+        theirs["none"].compute().tolist(), abs=1e-6
+    )
     assert results["iou"][6] == 0.0 and results["iou"][7] is results["iou"][8] is None
 
 
@@ -97,12 +144,19 @@ def test_hand_worked():
     label = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, 255]]])
     prediction = torch.tensor([[[0, 1, 1, 1], [0, 0, 2, 2]]])
     results = measure(prediction, label, 4)
-    assert results["iou"] == [3 / 4, 2 / 4, 0.0, None]  # class 2 is predicted though it does not occur: 0; class 3 occurs nowhere: no part of the mean
-    assert results["miou"] == pytest.approx((0.75 + 0.5 + 0) / 3) and results["accuracy"] == pytest.approx(5 / 7)
+    assert (
+        results["iou"] == [3 / 4, 2 / 4, 0.0, None]
+    )  # class 2 is predicted though it does not occur: 0; class 3 occurs nowhere: no part of the mean
+    assert results["miou"] == pytest.approx((0.75 + 0.5 + 0) / 3) and results[
+        "accuracy"
+    ] == pytest.approx(5 / 7)
 
 
 def test_nothing_labelled_is_zero_and_never_nan():
-    for results in (Metrics(5).results(), measure(torch.zeros(2, 8, 8), torch.full((2, 8, 8), IGNORE), 5)):
+    for results in (
+        Metrics(5).results(),
+        measure(torch.zeros(2, 8, 8), torch.full((2, 8, 8), IGNORE), 5),
+    ):
         assert results["miou"] == results["accuracy"] == results["boundary_iou"] == 0.0
         assert results["iou"] == results["boundary_iou_per_class"] == [None] * 5
         json.dumps(results, allow_nan=False)
@@ -113,11 +167,27 @@ def eroded(mask, times):
     """A pixel survives a step if its 3x3 neighbourhood is all mask; beyond the image there is none. As in Cheng et al.'s own code."""
     for _ in range(times):
         padded = np.pad(mask, 1)
-        mask = np.all([padded[y:y + mask.shape[0], x:x + mask.shape[1]] for y in range(3) for x in range(3)], axis=0)
+        mask = np.all(
+            [
+                padded[y : y + mask.shape[0], x : x + mask.shape[1]]
+                for y in range(3)
+                for x in range(3)
+            ],
+            axis=0,
+        )
     return mask
 
 
-@pytest.mark.parametrize("shape,void", [((3, 40, 60), 0.0), ((2, 61, 35), 0.25), ((1, 120, 200), 0.1), ((1, 1, 1), 0.0), ((2, 3, 50), 0.3)])
+@pytest.mark.parametrize(
+    "shape,void",
+    [
+        ((3, 40, 60), 0.0),
+        ((2, 61, 35), 0.25),
+        ((1, 120, 200), 0.1),
+        ((1, 1, 1), 0.0),
+        ((2, 3, 50), 0.3),
+    ],
+)
 def test_boundary_iou_is_that_of_a_literal_erosion(shape, void):
     classes, rng = 5, np.random.default_rng(sum(shape))
     prediction, label = random_maps(rng, classes, shape, void)
@@ -136,7 +206,10 @@ def test_boundary_iou_is_that_of_a_literal_erosion(shape, void):
 
 
 def test_boundary_iou_hand_worked():
-    label, prediction = torch.zeros(1, 100, 100), torch.zeros(1, 100, 100)  # 2 % of the diagonal: 3 pixels
+    label, prediction = (
+        torch.zeros(1, 100, 100),
+        torch.zeros(1, 100, 100),
+    )  # 2 % of the diagonal: 3 pixels
     label[:, 40:60, 40:60] = 1
     prediction[:, 39:61, 39:61] = 1  # one pixel larger on each side
     # truth's ring 20^2 - 14^2 = 204, prediction's 22^2 - 16^2 = 228, both 20^2 - 16^2 = 144
@@ -144,7 +217,9 @@ def test_boundary_iou_hand_worked():
     label[:, :30] = label[:, :, 70:] = IGNORE
     guess = torch.where(label == IGNORE, torch.randint(2, label.shape).float(), label)
     perfect = measure(guess, label, 2)
-    assert perfect["boundary_iou"] == perfect["miou"] == perfect["accuracy"] == 1.0  # whatever is predicted where nothing is labelled
+    assert (
+        perfect["boundary_iou"] == perfect["miou"] == perfect["accuracy"] == 1.0
+    )  # whatever is predicted where nothing is labelled
 
 
 def test_a_batch_counts_as_its_images():
@@ -152,7 +227,7 @@ def test_a_batch_counts_as_its_images():
     one, each = Metrics(4), Metrics(4)
     one.update(prediction, label)
     for i in range(5):
-        each.update(prediction[i:i + 1], label[i:i + 1])
+        each.update(prediction[i : i + 1], label[i : i + 1])
     assert torch.equal(one.confusion, each.confusion) and torch.equal(one.boundary, each.boundary)
 
 
@@ -172,27 +247,49 @@ class Pointwise(nn.Module):
 
 class Constant(nn.Module):
     def forward(self, x):
-        return torch.tensor([1.0, -2.0, 0.5])[None, :, None, None].expand(len(x), 3, -(-x.shape[-2] // 4), -(-x.shape[-1] // 4)), None
+        return torch.tensor([1.0, -2.0, 0.5])[None, :, None, None].expand(
+            len(x), 3, -(-x.shape[-2] // 4), -(-x.shape[-1] // 4)
+        ), None
 
 
-WAYS = [dict(flip=True), dict(window=(16, 24)), dict(window=(200, 200)), dict(window=(17, 13), flip=True)]
+WAYS = [
+    dict(flip=True),
+    dict(window=(16, 24)),
+    dict(window=(200, 200)),
+    dict(window=(17, 13), flip=True),
+]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_flip_and_windows_change_nothing_for_a_pointwise_model(way):
     images = torch.rand(2, 3, 41, 67)
-    torch.testing.assert_close(predict_probabilities(Pointwise(), images, **way), predict_probabilities(Pointwise(), images))
+    torch.testing.assert_close(
+        predict_probabilities(Pointwise(), images, **way),
+        predict_probabilities(Pointwise(), images),
+    )
 
 
-@pytest.mark.parametrize("way", [*WAYS, dict(scales=[0.5, 1.0, 1.7]), dict(scales=[0.3, 2.0], flip=True, window=(16, 16))], ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [*WAYS, dict(scales=[0.5, 1.0, 1.7]), dict(scales=[0.3, 2.0], flip=True, window=(16, 16))],
+    ids=str,
+)
 def test_nothing_changes_a_constant_model(way):
     prob = predict_probabilities(Constant(), torch.rand(2, 3, 41, 67), **way)
-    torch.testing.assert_close(prob, torch.tensor([1.0, -2.0, 0.5]).softmax(0)[None, :, None, None].expand(2, 3, 41, 67))
-    plain = torch.full((1, 3, 20, 30), 0.3)  # nor do scales change what a pointwise model says of one colour
-    torch.testing.assert_close(predict_probabilities(Pointwise(), plain, **way), predict_probabilities(Pointwise(), plain))
+    torch.testing.assert_close(
+        prob, torch.tensor([1.0, -2.0, 0.5]).softmax(0)[None, :, None, None].expand(2, 3, 41, 67)
+    )
+    plain = torch.full(
+        (1, 3, 20, 30), 0.3
+    )  # nor do scales change what a pointwise model says of one colour
+    torch.testing.assert_close(
+        predict_probabilities(Pointwise(), plain, **way), predict_probabilities(Pointwise(), plain)
+    )
 
 
-@pytest.mark.parametrize("way", [dict(scales=[0.5, 1.25], flip=True), dict(window=(32, 40)), dict(scales=[0.1])], ids=str)
+@pytest.mark.parametrize(
+    "way", [dict(scales=[0.5, 1.25], flip=True), dict(window=(32, 40)), dict(scales=[0.1])], ids=str
+)
 def test_probabilities_of_a_network_sum_to_one(own, way):
     model = load(own)
     for size in ((50, 70), (1, 1), (33, 4)):
@@ -223,32 +320,75 @@ def test_table_and_json(own, script):
     metrics, model = Metrics(3), load(own)
     for sample in source.val:
         image, label = source.read(sample)
-        metrics.update(predict_probabilities(model, data.to_float(image[None], "cpu")).argmax(1), label[None])
+        metrics.update(
+            predict_probabilities(model, data.to_float(image[None], "cpu")).argmax(1), label[None]
+        )
     expected = metrics.results()
     assert {key: saved[key] for key in expected} == expected
-    assert saved["confusion"] == metrics.confusion.tolist() and saved["images"] == 7 and saved["processes"] == 1 and saved["classes"] == source.classes
+    assert (
+        saved["confusion"] == metrics.confusion.tolist()
+        and saved["images"] == 7
+        and saved["processes"] == 1
+        and saved["classes"] == source.classes
+    )
     lines = out.splitlines()
-    assert lines[0] == "7 val images of folder" and lines[-1] == f"written to {own / 'evaluation-val.json'}"
+    assert (
+        lines[0] == "7 val images of folder"
+        and lines[-1] == f"written to {own / 'evaluation-val.json'}"
+    )
     for name, iou in zip(source.classes, expected["iou"]):
         assert any(line.startswith(name) and f"{100 * iou:6.2f}" in line for line in lines)
-    assert f"{100 * expected['miou']:.2f}" in lines[-2] and f"{100 * expected['accuracy']:.2f}" in lines[-2]
+    assert (
+        f"{100 * expected['miou']:.2f}" in lines[-2]
+        and f"{100 * expected['accuracy']:.2f}" in lines[-2]
+    )
 
 
 def test_options_and_another_data_set_of_the_same_classes(own, script, tmp_path):
     other = trees.folder(tmp_path / "other", train=1, val=2, unlabelled=0, seed=5)
-    status, out, err = script(evaluate, own, "--dataset", "folder", "--data-path", other, "--num-workers", 0, "--sliding-window", "--flip", "--scales", 0.5, 1.0,
-                              "--json", tmp_path / "results.json")
+    status, out, err = script(
+        evaluate,
+        own,
+        "--dataset",
+        "folder",
+        "--data-path",
+        other,
+        "--num-workers",
+        0,
+        "--sliding-window",
+        "--flip",
+        "--scales",
+        0.5,
+        1.0,
+        "--json",
+        tmp_path / "results.json",
+    )
     saved = json.loads((tmp_path / "results.json").read_text())
-    assert status == 0 and saved["images"] == 2 and saved["options"]["scales"] == [0.5, 1.0] and saved["options"]["sliding_window"], err
+    assert (
+        status == 0
+        and saved["images"] == 2
+        and saved["options"]["scales"] == [0.5, 1.0]
+        and saved["options"]["sliding_window"]
+    ), err
 
 
 def test_two_processes_count_what_one_counts(own, script, tmp_path):
     assert script(evaluate, own, "--num-workers", 0, "--json", tmp_path / "one.json")[0] == 0
-    done = run_script("evaluate.py", own, "--json", tmp_path / "two.json", processes=2)  # 7 images: 4 and 3
+    done = run_script(
+        "evaluate.py", own, "--json", tmp_path / "two.json", processes=2
+    )  # 7 images: 4 and 3
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == 2 and done.stdout.count("written to") == 1
-    for key in ("confusion", "iou", "miou", "accuracy", "boundary_iou", "boundary_iou_per_class", "images"):
+    for key in (
+        "confusion",
+        "iou",
+        "miou",
+        "accuracy",
+        "boundary_iou",
+        "boundary_iou_per_class",
+        "images",
+    ):
         assert one[key] == two[key], key
 
 
@@ -259,13 +399,28 @@ def test_full_resolution(script, tmp_path):
     for name, options in (("training", []), ("full", ["--full-resolution"])):
         status, out, err = script(evaluate, folder, "--num-workers", 0, *options)
         assert status == 0, err
-        counted[name] = np.sum(json.loads((folder / "evaluation-val.json").read_text())["confusion"])
-    labels = [data.read_label(s.label, data.load_source("cityscapes", str(tree)).table, 19) for s in data.load_source("cityscapes", str(tree)).val]
+        counted[name] = np.sum(
+            json.loads((folder / "evaluation-val.json").read_text())["confusion"]
+        )
+    labels = [
+        data.read_label(s.label, data.load_source("cityscapes", str(tree)).table, 19)
+        for s in data.load_source("cityscapes", str(tree)).val
+    ]
     assert counted["full"] == sum((label != IGNORE).sum() for label in labels)
-    assert counted["training"] == sum((data.resize_nearest(label, (512, 1024)) != IGNORE).sum() for label in labels)
+    assert counted["training"] == sum(
+        (data.resize_nearest(label, (512, 1024)) != IGNORE).sum() for label in labels
+    )
 
 
-@pytest.mark.parametrize("dataset,options", [("pascal", []), ("pascal", ["--full-resolution"]), ("sun", []), ("sun", ["--full-resolution"])])
+@pytest.mark.parametrize(
+    "dataset,options",
+    [
+        ("pascal", []),
+        ("pascal", ["--full-resolution"]),
+        ("sun", []),
+        ("sun", ["--full-resolution"]),
+    ],
+)
 def test_files_of_several_sizes(dataset, options, script, tmp_path):
     tree = getattr(trees, dataset)(tmp_path / "data")
     folder = make_run(tmp_path / "run", dataset, tree)
@@ -288,16 +443,41 @@ def test_published_checkpoint(published, script, tmp_path, monkeypatch):
     """evaluate.py and predict.py take it, and the network computes the golden logits."""
     tree = trees.cityscapes(tmp_path / "data", train=1, val=1, size=(64, 128))
     loaded, load_trained = [], run.load_trained
-    monkeypatch.setattr(run, "load_trained", lambda *a: loaded.append(loaded[0] if loaded else load_trained(*a)) or loaded[0])  # built once
-    status, out, err = script(evaluate, "--checkpoint", published, "--dataset", "cityscapes", "--data-path", tree, "--full-resolution", "--num-workers", 0,
-                              "--json", tmp_path / "results.json")
+    monkeypatch.setattr(
+        run,
+        "load_trained",
+        lambda *a: loaded.append(loaded[0] if loaded else load_trained(*a)) or loaded[0],
+    )  # built once
+    status, out, err = script(
+        evaluate,
+        "--checkpoint",
+        published,
+        "--dataset",
+        "cityscapes",
+        "--data-path",
+        tree,
+        "--full-resolution",
+        "--num-workers",
+        0,
+        "--json",
+        tmp_path / "results.json",
+    )
     assert status == 0 and "traffic light" in out, err
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["images"] == 1 and 0 <= saved["miou"] <= 1
 
     picture = next((tree / "leftImg8bit" / "val").rglob("*.png"))
     Image.open(picture).resize((1024, 32)).save(tmp_path / "wide.png")
-    status, out, err = script(predict, "--checkpoint", published, "--dataset", "cityscapes", tmp_path / "wide.png", "--out-dir", tmp_path / "out")
+    status, out, err = script(
+        predict,
+        "--checkpoint",
+        published,
+        "--dataset",
+        "cityscapes",
+        tmp_path / "wide.png",
+        "--out-dir",
+        tmp_path / "out",
+    )
     assert status == 0, err
     mask = Image.open(tmp_path / "out" / "wide.png")
     assert mask.size == (1024, 32) and mask.getpalette()[:6] == [128, 64, 128, 244, 35, 232]
@@ -322,20 +502,38 @@ def bad(own, tmp_path):
     victim.write_bytes(victim.read_bytes()[:100])
     four = trees.folder(tmp_path / "four", train=1, val=1, classes=4)
     city = ["--dataset", "cityscapes", "--data-path", tmp_path]
-    return [([], "--checkpoint"), ([own, "--checkpoint", tmp_path / "foreign.pth"], "--checkpoint"), (["nowhere"], "nowhere"), ([tmp_path / "empty"], "config.json"),
-            ([own, "--data-path", "nowhere"], "nowhere"), ([own, "--dataset", "street"], "11 classes"), ([own, "--dataset", "folder", "--data-path", four], "4 classes"),
-            ([own, "--split", "test"], "--split test"), ([own, "--scales", "0"], "--scales"), ([own, "--json", "nowhere/results.json"], "nowhere"),
-            ([own, "--dataset", "folder", "--data-path", torn], "val_001.png"), (["--checkpoint", tmp_path / "foreign.pth"], "--dataset"),
-            (["--checkpoint", tmp_path / "none.pth", *city], "none.pth"), (["--checkpoint", tmp_path / "text.pth", *city], "text.pth"),
-            (["--checkpoint", tmp_path / "list.pth", *city], "list.pth"), (["--checkpoint", tmp_path / "code.pth", *city], "code.pth"),
-            (["--checkpoint", tmp_path / "cut.pth", *city], "cut.pth")]
+    return [
+        ([], "--checkpoint"),
+        ([own, "--checkpoint", tmp_path / "foreign.pth"], "--checkpoint"),
+        (["nowhere"], "nowhere"),
+        ([tmp_path / "empty"], "config.json"),
+        ([own, "--data-path", "nowhere"], "nowhere"),
+        ([own, "--dataset", "street"], "11 classes"),
+        ([own, "--dataset", "folder", "--data-path", four], "4 classes"),
+        ([own, "--split", "test"], "--split test"),
+        ([own, "--scales", "0"], "--scales"),
+        ([own, "--json", "nowhere/results.json"], "nowhere"),
+        ([own, "--dataset", "folder", "--data-path", torn], "val_001.png"),
+        (["--checkpoint", tmp_path / "foreign.pth"], "--dataset"),
+        (["--checkpoint", tmp_path / "none.pth", *city], "none.pth"),
+        (["--checkpoint", tmp_path / "text.pth", *city], "text.pth"),
+        (["--checkpoint", tmp_path / "list.pth", *city], "list.pth"),
+        (["--checkpoint", tmp_path / "code.pth", *city], "code.pth"),
+        (["--checkpoint", tmp_path / "cut.pth", *city], "cut.pth"),
+    ]
 
 
 def test_bad_input_is_one_line(own, script, tmp_path):
     for arguments, culprit in bad(own, tmp_path):
         for workers in (0, 1) if culprit == "val_001.png" else (0,):
             status, out, err = script(evaluate, *arguments, "--num-workers", workers)
-            assert status == 2 and err.count("\n") == 1 and err.startswith("evaluate.py: ") and culprit in err and not out, (arguments, status, out, err)
+            assert (
+                status == 2
+                and err.count("\n") == 1
+                and err.startswith("evaluate.py: ")
+                and culprit in err
+                and not out
+            ), (arguments, status, out, err)
 
 
 def test_a_broken_file_is_named_whichever_process_meets_it(own, script, tmp_path, monkeypatch):
@@ -346,5 +544,7 @@ def test_a_broken_file_is_named_whichever_process_meets_it(own, script, tmp_path
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(run, "STARTED", False)
     assert script(evaluate, "nowhere")[2] == ""  # what every process finds, the main one tells
-    status, out, err = script(evaluate, own, "--dataset", "folder", "--data-path", torn, "--num-workers", 0)
+    status, out, err = script(
+        evaluate, own, "--dataset", "folder", "--data-path", torn, "--num-workers", 0
+    )
     assert status == 2 and err.startswith(f"evaluate.py: {victim}") and err.count("\n") == 1

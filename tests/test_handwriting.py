@@ -1,4 +1,5 @@
 """The example that writes a `folder` data set of handwriting: its files, its labels, its refusals."""
+
 import importlib.util
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("sklearn")
-from sklearn.datasets import load_digits  # noqa: E402
+from sklearn.datasets import load_digits
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "handwriting.py"
 spec = importlib.util.spec_from_file_location("handwriting", SCRIPT)
@@ -18,7 +19,9 @@ spec.loader.exec_module(handwriting)
 
 
 def start(*args):
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True
+    )
 
 
 def test_what_it_writes(tmp_path):
@@ -26,7 +29,10 @@ def test_what_it_writes(tmp_path):
     done = start(root, "--train", 12, "--val", 5, "--test", 3, "--size", 48)
     assert done.returncode == 0, done.stderr
     assert "12 training, 5 validation and 3 test" in done.stdout
-    assert f"accelerate launch train_semi.py --reco --dataset folder --data-path {root} --num-labeled 60" in done.stdout
+    assert (
+        f"accelerate launch train_semi.py --reco --dataset folder --data-path {root} --num-labeled 60"
+        in done.stdout
+    )
     assert (root / "classes.txt").read_text().split() == list(handwriting.CLASSES)
     assert len(handwriting.CLASSES) == len(handwriting.PALETTE) == 11
     for split, count in (("train", 12), ("val", 5), ("test", 3)):
@@ -36,7 +42,9 @@ def test_what_it_writes(tmp_path):
         for name in names:
             image, label = (Image.open(root / kind / split / name) for kind in ("images", "labels"))
             assert (image.mode, label.mode) == ("RGB", "P") and image.size == label.size == (48, 48)
-            assert label.getpalette()[:33] == [channel for colour in handwriting.PALETTE for channel in colour]
+            assert label.getpalette()[:33] == [
+                channel for colour in handwriting.PALETTE for channel in colour
+            ]
             classes = np.unique(np.asarray(label))
             assert classes[0] == 0 and classes[-1] <= 10 and 2 <= len(classes) <= 6
 
@@ -45,12 +53,20 @@ def test_scenes_use_their_own_part_of_the_digits():
     data = load_digits()
     train, val, test = parts = handwriting.split_digits(data.target, seed=0)
     assert sorted(np.concatenate(parts)) == list(range(len(data.target)))
-    assert all(set(data.target[part]) == set(range(10)) for part in parts) and len(train) > 5 * len(val) and len(val) > 0.9 * len(test)
+    assert (
+        all(set(data.target[part]) == set(range(10)) for part in parts)
+        and len(train) > 5 * len(val)
+        and len(val) > 0.9 * len(test)
+    )
     assert not np.array_equal(train, handwriting.split_digits(data.target, seed=1)[0])
     for seed in range(20):
-        image, label, used = handwriting.draw_scene(np.random.default_rng(seed), data.images, data.target, val)
+        image, label, used = handwriting.draw_scene(
+            np.random.default_rng(seed), data.images, data.target, val
+        )
         again = handwriting.draw_scene(np.random.default_rng(seed), data.images, data.target, val)
-        assert np.array_equal(image, again[0]) and np.array_equal(label, again[1]) and used == again[2]
+        assert (
+            np.array_equal(image, again[0]) and np.array_equal(label, again[1]) and used == again[2]
+        )
         assert 1 <= len(used) <= 5 and set(used) <= set(val)
         assert set(np.unique(label)) == {0} | {data.target[i] + 1 for i in used}
 
@@ -59,10 +75,20 @@ def test_refusals(tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for args in (["taken"], ["file"], ["file/below"], ["new", "--train", 0], ["new", "--val", -3], ["new", "--test", 0], ["new", "--size", 8],
-                 ["new", "--seed", -1]):
+    for args in (
+        ["taken"],
+        ["file"],
+        ["file/below"],
+        ["new", "--train", 0],
+        ["new", "--val", -3],
+        ["new", "--test", 0],
+        ["new", "--size", 8],
+        ["new", "--seed", -1],
+    ):
         done = start(tmp_path / args[0], *args[1:])
         assert done.returncode == 2 and done.stdout == "", args
-        assert done.stderr.count("\n") == 1 and done.stderr.startswith("handwriting.py: "), done.stderr
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("handwriting.py: "), (
+            done.stderr
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["notes.txt"]

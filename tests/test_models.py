@@ -1,4 +1,5 @@
 """The network, the teacher and the losses against the reference's numbers (tests/golden) and on every family of backbones."""
+
 import json
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def published_weights() -> dict[str, torch.Tensor]:
 def test_golden_forward():
     golden = np.load(GOLDEN / "deeplabv3plus_forward.npz")
     model = DeepLabV3Plus(19, "resnet101", rep_dim=256, pretrained=False).eval()
-    model.load_state_dict(convert_reco_checkpoint(published_weights()))  # strict: every name and shape fits
+    model.load_state_dict(
+        convert_reco_checkpoint(published_weights())
+    )  # strict: every name and shape fits
     with torch.no_grad():
         logits, rep = model(torch.from_numpy(golden["x"]))
     assert logits.shape == (1, 19, 17, 25) and rep.shape == (1, 256, 17, 25)
@@ -55,7 +58,9 @@ def test_golden_teacher_and_rate():
     for value, expected in zip(golden["student"], golden["teacher"]):
         student.weight.data.fill_(value)
         teacher.update(student)
-        assert teacher.model.weight.item() == pytest.approx(expected, rel=1e-6)  # the golden values went through float32
+        assert teacher.model.weight.item() == pytest.approx(
+            expected, rel=1e-6
+        )  # the golden values went through float32
     rates = [run.learning_rate(2.5e-3, epoch, 200) for epoch in range(200)]
     np.testing.assert_allclose(rates, golden["poly_lr_per_epoch"], rtol=1e-12)
     assert run.learning_rate(2.5e-3, 200, 200) == 1e-6
@@ -76,36 +81,63 @@ def test_golden_unsupervised_loss():
     golden = np.load(GOLDEN / "unsupervised_loss.npz")
     target = torch.from_numpy(golden["target"])
     target[target < 0] = 255
-    loss, eta = train_semi.unsupervised_loss(torch.from_numpy(golden["logits"]), target, torch.from_numpy(golden["confidence"]), float(golden["strong_threshold"]))
+    loss, eta = train_semi.unsupervised_loss(
+        torch.from_numpy(golden["logits"]),
+        target,
+        torch.from_numpy(golden["confidence"]),
+        float(golden["strong_threshold"]),
+    )
     assert abs(loss.item() - float(golden["loss"])) < 1e-6 and eta.shape == (3,)
 
 
 def test_losses_of_an_ignored_batch_are_zero_and_connected():
     logits = torch.randn(2, 3, 5, 5, requires_grad=True)
     label = torch.full((2, 5, 5), 255)
-    loss = train_semi.unsupervised_loss(logits, label, torch.zeros(2, 5, 5), 0.97)[0] + train_supervised.supervised_loss(logits, label)
+    loss = train_semi.unsupervised_loss(logits, label, torch.zeros(2, 5, 5), 0.97)[
+        0
+    ] + train_supervised.supervised_loss(logits, label)
     loss.backward()
     assert loss.item() == 0 and logits.grad.eq(0).all()
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "regnety_002", "test_efficientnet", "mobilenetv3_small_050", "convnext_atto", "test_vit",
-                                      "vit_tiny_patch16_224", "test_resnet"])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "resnet18",
+        "regnety_002",
+        "test_efficientnet",
+        "mobilenetv3_small_050",
+        "convnext_atto",
+        "test_vit",
+        "vit_tiny_patch16_224",
+        "test_resnet",
+    ],
+)
 def test_backbones(backbone):
     model = DeepLabV3Plus(3, backbone, rep_dim=8, pretrained=False, channels=16, low_channels=8)
     logits, rep = model(torch.randn(2, 3, 65, 97))
     assert logits.shape == (2, 3, 17, 25) and rep.shape == (2, 8, 17, 25)
     (logits.sum() + rep.sum()).backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("backbone."))
+    assert all(
+        p.grad is not None
+        for name, p in model.named_parameters()
+        if not name.startswith("backbone.")
+    )
 
 
 @pytest.mark.parametrize("backbone", ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3"])
 def test_dino(backbone):
     with torch.no_grad():
-        logits, rep = DeepLabV3Plus(2, backbone, rep_dim=None, pretrained=False, channels=8, low_channels=8).eval()(torch.randn(1, 3, 50, 65))
+        logits, rep = DeepLabV3Plus(
+            2, backbone, rep_dim=None, pretrained=False, channels=8, low_channels=8
+        ).eval()(torch.randn(1, 3, 50, 65))
     assert logits.shape == (1, 2, 13, 17) and rep is None
 
 
-@pytest.mark.parametrize("backbone", ["swin_tiny_patch4_window7_224", "hrnet_w18_small", "vgg11", "resnot50", "resnet101.nonsense"])
+@pytest.mark.parametrize(
+    "backbone",
+    ["swin_tiny_patch4_window7_224", "hrnet_w18_small", "vgg11", "resnot50", "resnet101.nonsense"],
+)
 def test_backbones_that_cannot_work_are_refused_in_one_line(backbone):
     with pytest.raises(UserError) as error:
         DeepLabV3Plus(2, backbone, pretrained=False)
@@ -120,16 +152,28 @@ def test_pretrained_weights_offline_are_one_line():
 
 
 def test_decoder_at_stride_2():
-    logits, rep = DeepLabV3Plus(4, "test_resnet", rep_dim=8, pretrained=False, output_stride=8, decoder_stride=2, channels=16, low_channels=8,
-                                aspp_rates=(1, 2, 3))(torch.randn(2, 3, 64, 48))
+    logits, rep = DeepLabV3Plus(
+        4,
+        "test_resnet",
+        rep_dim=8,
+        pretrained=False,
+        output_stride=8,
+        decoder_stride=2,
+        channels=16,
+        low_channels=8,
+        aspp_rates=(1, 2, 3),
+    )(torch.randn(2, 3, 64, 48))
     assert logits.shape == (2, 4, 32, 24)
 
 
 def test_synchronised_batch_norm_keeps_the_network():
     """timm's norm layers hold an activation, which torch's own converter drops."""
     from timm.layers import convert_sync_batchnorm
+
     assert run.convert_sync_batchnorm is convert_sync_batchnorm
-    model = DeepLabV3Plus(3, "test_efficientnet", rep_dim=None, pretrained=False, channels=8, low_channels=8).eval()
+    model = DeepLabV3Plus(
+        3, "test_efficientnet", rep_dim=None, pretrained=False, channels=8, low_channels=8
+    ).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         before = model(x)[0]

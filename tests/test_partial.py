@@ -1,4 +1,5 @@
 """Partial labels against the growth loop they replace, their distribution, their speed."""
+
 import hashlib
 import time
 
@@ -11,7 +12,9 @@ import data
 from data import IGNORE, partial_label
 
 
-def blobs(height: int, width: int, classes: int, cell: int, seed: int = 0, ignored: float = 0.05) -> np.ndarray:
+def blobs(
+    height: int, width: int, classes: int, cell: int, seed: int = 0, ignored: float = 0.05
+) -> np.ndarray:
     """A label map of curved regions, some of several parts, and ignored pixels: like an annotation."""
     rng = np.random.default_rng(seed)
     coarse = torch.from_numpy(rng.normal(size=(1, 2, height // 16 + 2, width // 16 + 2)))
@@ -34,8 +37,10 @@ def grown(label: np.ndarray, cls: int, y: int, x: int, percent: int) -> np.ndarr
     return (square.bool() & member).numpy()
 
 
-@pytest.mark.parametrize("height, width, classes, cell", [(40, 56, 5, 8), (31, 17, 3, 5), (24, 24, 19, 2), (9, 1, 2, 2), (1, 30, 4, 3),
-                                                          (64, 48, 1, 64)])
+@pytest.mark.parametrize(
+    "height, width, classes, cell",
+    [(40, 56, 5, 8), (31, 17, 3, 5), (24, 24, 19, 2), (9, 1, 2, 2), (1, 30, 4, 3), (64, 48, 1, 64)],
+)
 def test_equals_the_growth_loop(height, width, classes, cell):
     for seed in range(4):
         label = blobs(height, width, classes, cell, seed)
@@ -73,24 +78,32 @@ def test_all_ignored_and_single_pixels():
     label[2, 3], label[4, 7] = 0, 254 - 1
     for ratio in data.RATIOS:
         assert np.array_equal(partial_label(void, ratio, 0, "x"), void)
-        assert np.array_equal(partial_label(label, ratio, 0, "x"), label)  # never fewer than the start pixel
+        assert np.array_equal(
+            partial_label(label, ratio, 0, "x"), label
+        )  # never fewer than the start pixel
 
 
 def test_a_function_of_seed_and_name_alone():
     label = blobs(64, 96, 8, 12)
     for ratio in data.RATIOS:
         first = partial_label(label, ratio, 3, "aachen_000000_000019")
-        assert np.array_equal(first, partial_label(label.copy(order="F"), ratio, 3, "aachen_000000_000019"))
+        assert np.array_equal(
+            first, partial_label(label.copy(order="F"), ratio, 3, "aachen_000000_000019")
+        )
         assert not np.array_equal(first, partial_label(label, ratio, 4, "aachen_000000_000019"))
         assert not np.array_equal(first, partial_label(label, ratio, 3, "aachen_000001_000019"))
     # another class that appears does not move the pixels of the others
     other = label.copy()
     other[:3, :3] = 200
     a, b = (partial_label(x, "p0", 0, "x") for x in (label, other))
-    assert sum(np.array_equal(a == cls, b == cls) for cls in range(8)) >= 7  # but for the class that lost pixels
+    assert (
+        sum(np.array_equal(a == cls, b == cls) for cls in range(8)) >= 7
+    )  # but for the class that lost pixels
     # the same on every machine: bits of one result, kept here
     tile = np.add.outer(np.arange(90) // 7, np.arange(120) // 9).astype(np.uint8) % 11
-    digest = hashlib.sha256(b"".join(partial_label(tile, ratio, 1, "name").tobytes() for ratio in data.RATIOS)).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(partial_label(tile, ratio, 1, "name").tobytes() for ratio in data.RATIOS)
+    ).hexdigest()
     assert digest[:16] == "fa27320f9a8ac75c"
 
 
@@ -113,4 +126,6 @@ def test_training_crops_keep_the_same_pixels(tmp_path):
     full = source.read(source.train[0])[1]
     known = label != IGNORE
     assert torch.equal(label[known], full[known]) and known.sum() == len(full.unique())
-    assert not torch.equal(label, data.TrainingCrops(source, source.train[:2], (64, 64), (1.0, 1.0), "p0", 8)[0, 1][1])
+    assert not torch.equal(
+        label, data.TrainingCrops(source, source.train[:2], (64, 64), (1.0, 1.0), "p0", 8)[0, 1][1]
+    )

@@ -1,4 +1,5 @@
 """predict.py: any picture of any size, the mask where it belongs, and what becomes of a file that is no picture."""
+
 import itertools
 import json
 import shutil
@@ -7,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_evaluate import Constant, Pointwise, load, make_run, script  # noqa: F401 (script is a fixture)
 from torch.nn import functional as F
 
 import data
 import predict
 import trees
 from evaluate import predict_probabilities
+from test_evaluate import Constant, Pointwise, load, make_run, script  # noqa: F401 (script is a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,9 @@ def street(tmp_path_factory):
 
 
 def scene(index=0, size=(64, 64)) -> Image.Image:
-    return Image.fromarray(data.street_scene("test", index)[0].permute(1, 2, 0).numpy()).resize(size)
+    return Image.fromarray(data.street_scene("test", index)[0].permute(1, 2, 0).numpy()).resize(
+        size
+    )
 
 
 def mask_of(path) -> np.ndarray:
@@ -58,7 +61,9 @@ def test_pictures_of_every_kind_and_size(street, script, tmp_path):
     base.save(pictures / "small.webp", lossless=True)
     base.save(pictures / "small.tif")
 
-    status, out, err = script(predict, street, pictures, "--out-dir", tmp_path / "out", "--confidence")
+    status, out, err = script(
+        predict, street, pictures, "--out-dir", tmp_path / "out", "--confidence"
+    )
     assert status == 0 and err == "", err
     model, palette = load(street), json.loads((street / "config.json").read_text())["palette"]
     count = 0
@@ -69,36 +74,109 @@ def test_pictures_of_every_kind_and_size(street, script, tmp_path):
         image = data.read_image(path)
         seen = data.resize_image(image, tuple(max(32, n) for n in image.shape[-2:]))
         prob = predict_probabilities(model, data.to_float(seen[None], "cpu"))
-        confidence, expected = F.interpolate(prob, size=image.shape[-2:], mode="bilinear")[0].max(dim=0)
+        confidence, expected = F.interpolate(prob, size=image.shape[-2:], mode="bilinear")[0].max(
+            dim=0
+        )
         mask = mask_of(f"{stem}.png")
         assert np.array_equal(mask, expected.numpy()), path
-        assert np.abs(np.asarray(Image.open(f"{stem}_confidence.png")).astype(float) - 255 * confidence.numpy()).max() <= 1
+        assert (
+            np.abs(
+                np.asarray(Image.open(f"{stem}_confidence.png")).astype(float)
+                - 255 * confidence.numpy()
+            ).max()
+            <= 1
+        )
         overlay = np.asarray(Image.open(f"{stem}_overlay.png")).astype(float)
-        assert np.abs(overlay - (image.permute(1, 2, 0).numpy() / 2 + np.asarray(palette)[mask] / 2)).max() <= 1
+        assert (
+            np.abs(
+                overlay - (image.permute(1, 2, 0).numpy() / 2 + np.asarray(palette)[mask] / 2)
+            ).max()
+            <= 1
+        )
         count += 1
     assert f"{count} of {count} pictures" in out and len(tree(tmp_path / "out")) == 3 * count
-    masks = {name: mask_of(tmp_path / "out" / f"{name}.png") for name in ("rgb", "rgba", "turned", "small", "palette", "palette_as_rgb", "grey", "grey_as_rgb", "grey_alpha", "grey16")}
+    masks = {
+        name: mask_of(tmp_path / "out" / f"{name}.png")
+        for name in (
+            "rgb",
+            "rgba",
+            "turned",
+            "small",
+            "palette",
+            "palette_as_rgb",
+            "grey",
+            "grey_as_rgb",
+            "grey_alpha",
+            "grey16",
+        )
+    }
     assert len(np.unique(masks["rgb"])) > 2 and masks["rgb"].shape == (56, 80)
-    for one, other in (("rgba", "rgb"), ("turned", "rgb"), ("small", "rgb"), ("palette", "palette_as_rgb"), ("grey", "grey_as_rgb"), ("grey_alpha", "grey"), ("grey16", "grey")):
+    for one, other in (
+        ("rgba", "rgb"),
+        ("turned", "rgb"),
+        ("small", "rgb"),
+        ("palette", "palette_as_rgb"),
+        ("grey", "grey_as_rgb"),
+        ("grey_alpha", "grey"),
+        ("grey16", "grey"),
+    ):
         assert np.array_equal(masks[one], masks[other]), one
     with Image.open(tmp_path / "out" / "rgb.png") as mask:
-        assert mask.getpalette()[:len(palette) * 3] == sum(palette, [])
+        assert mask.getpalette()[: len(palette) * 3] == sum(palette, [])
 
 
 def test_names_never_collide(street, script, tmp_path):
-    for name in ("a.png", "a.jpg", "sub/a.png", "sub/deep/b.png", "a_overlay.png", ".hidden/c.png", "notes.txt"):
+    for name in (
+        "a.png",
+        "a.jpg",
+        "sub/a.png",
+        "sub/deep/b.png",
+        "a_overlay.png",
+        ".hidden/c.png",
+        "notes.txt",
+    ):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).write_text("x") if name.endswith("txt") else scene(len(name), (20, 10)).save(tmp_path / "in" / name)
+        (tmp_path / "in" / name).write_text("x") if name.endswith("txt") else scene(
+            len(name), (20, 10)
+        ).save(tmp_path / "in" / name)
     shutil.copytree(tmp_path / "in" / "sub", tmp_path / "other")
     out = tmp_path / "in" / "out"  # inside the folder that is walked
     for _ in range(2):  # a second time the predictions are not taken for pictures
-        status, text, err = script(predict, street, tmp_path / "in", "--out-dir", out, tmp_path / "in" / "a.png")
+        status, text, err = script(
+            predict, street, tmp_path / "in", "--out-dir", out, tmp_path / "in" / "a.png"
+        )
         assert status == 0 and "5 of 5 pictures" in text, err
         masks = ["a.png", "a.png.png", "a_overlay.png.png", "sub/a.png", "sub/deep/b.png"]
-        assert tree(out) == {f"{m.removesuffix('.png')}{ending}" for m in masks for ending in (".png", "_overlay.png")}
-    script(predict, street, tmp_path / "other", tmp_path / "in" / "sub", tmp_path / "in" / "a.png", "--out-dir", tmp_path / "two")
-    assert {m for m in tree(tmp_path / "two") if "overlay" not in m} == {"other/a.png", "other/deep/b.png", "sub/a.png", "sub/deep/b.png", "a.png"}
-    targets = predict.find_pictures([str(tmp_path / "in/sub/a.png"), str(tmp_path / "in/a.png"), str(tmp_path / "in/a.jpg"), str(tmp_path / "other/a.png")], tmp_path)
+        assert tree(out) == {
+            f"{m.removesuffix('.png')}{ending}"
+            for m in masks
+            for ending in (".png", "_overlay.png")
+        }
+    script(
+        predict,
+        street,
+        tmp_path / "other",
+        tmp_path / "in" / "sub",
+        tmp_path / "in" / "a.png",
+        "--out-dir",
+        tmp_path / "two",
+    )
+    assert {m for m in tree(tmp_path / "two") if "overlay" not in m} == {
+        "other/a.png",
+        "other/deep/b.png",
+        "sub/a.png",
+        "sub/deep/b.png",
+        "a.png",
+    }
+    targets = predict.find_pictures(
+        [
+            str(tmp_path / "in/sub/a.png"),
+            str(tmp_path / "in/a.png"),
+            str(tmp_path / "in/a.jpg"),
+            str(tmp_path / "other/a.png"),
+        ],
+        tmp_path,
+    )
     assert [t.name for t in targets.values()] == ["a", "a.png", "a.jpg", "a-2"]
 
 
@@ -112,18 +190,27 @@ def test_a_broken_file_is_reported_and_the_others_done(street, script, tmp_path)
     (tmp_path / "in" / "e.png").write_bytes(b"")
     status, out, err = script(predict, street, tmp_path / "in", "--out-dir", tmp_path / "out")
     assert status == 1 and "2 of 5 pictures" in out
-    assert [line.split(": ")[1] for line in err.splitlines()] == [str(tmp_path / "in" / name) for name in ("b.png", "d.jpg", "e.png")]
+    assert [line.split(": ")[1] for line in err.splitlines()] == [
+        str(tmp_path / "in" / name) for name in ("b.png", "d.jpg", "e.png")
+    ]
     assert tree(tmp_path / "out") == {"a.png", "a_overlay.png", "c.png", "c_overlay.png"}
 
 
 # ---------------------------------------------------------------------------------------------------- resolution, tiles
 def test_network_size_is_that_of_training(tmp_path):
     def size(dataset, height, width, max_size=1024):
-        return predict.network_size({"arguments": {"dataset": dataset, "max_size": max_size}}, height, width)
-    cityscapes = data.load_source("cityscapes", str(trees.cityscapes(tmp_path / "cityscapes", train=1, val=1)))
+        return predict.network_size(
+            {"arguments": {"dataset": dataset, "max_size": max_size}}, height, width
+        )
+
+    cityscapes = data.load_source(
+        "cityscapes", str(trees.cityscapes(tmp_path / "cityscapes", train=1, val=1))
+    )
     sun = data.load_source("sun", str(trees.sun(tmp_path / "sun", train=1, test=1)))
     own = data.load_source("folder", str(trees.folder(tmp_path / "folder")), 700)
-    assert size("cityscapes", 1024, 2048) == cityscapes.training_size(1024, 2048) and size("sun", 480, 640) == sun.training_size(480, 640)
+    assert size("cityscapes", 1024, 2048) == cityscapes.training_size(1024, 2048) and size(
+        "sun", 480, 640
+    ) == sun.training_size(480, 640)
     for shape in ((3648, 5472), (701, 40), (700, 700), (32, 33)):
         assert size("folder", *shape, max_size=700) == own.training_size(*shape)
         assert size("street", *shape) == shape
@@ -133,11 +220,17 @@ def test_network_size_is_that_of_training(tmp_path):
 
 
 def test_probabilities_are_brought_back_to_the_original_size(script, tmp_path):
-    folder = make_run(tmp_path / "run", "folder", trees.folder(tmp_path / "data", classes=5), max_size=50)
+    folder = make_run(
+        tmp_path / "run", "folder", trees.folder(tmp_path / "data", classes=5), max_size=50
+    )
     scene(3, (150, 101)).save(tmp_path / "big.png")
     assert script(predict, folder, tmp_path / "big.png", "--out-dir", tmp_path / "out")[0] == 0
     small = data.resize_image(data.read_image(tmp_path / "big.png"), (34, 50))
-    prob = F.interpolate(predict_probabilities(load(folder), data.to_float(small[None], "cpu")), size=(101, 150), mode="bilinear")[0]
+    prob = F.interpolate(
+        predict_probabilities(load(folder), data.to_float(small[None], "cpu")),
+        size=(101, 150),
+        mode="bilinear",
+    )[0]
     first, second = prob.topk(2, dim=0).values
     agree = mask_of(tmp_path / "out" / "big.png") == prob.argmax(0).numpy()
     assert agree[(first - second > 1e-5).numpy()].all() and agree.mean() > 0.99
@@ -155,7 +248,10 @@ def test_tiles_share_out_every_pixel_once():
                 assert start - 0.5 <= (p + 0.5) * length / original - 0.5 <= stop - 0.5
 
 
-@pytest.mark.parametrize("size,shape", [((90, 140), (90, 140)), ((60, 35), (123, 70)), ((200, 150), (57, 44)), ((64, 64), (1, 1))])
+@pytest.mark.parametrize(
+    "size,shape",
+    [((90, 140), (90, 140)), ((60, 35), (123, 70)), ((200, 150), (57, 44)), ((64, 64), (1, 1))],
+)
 def test_tiles_change_nothing_for_a_pointwise_model(size, shape):
     model, image = Pointwise(), torch.randint(256, (3, *shape), dtype=torch.uint8)
     label, confidence = predict.predict_picture(model, image, size, tile=32, flip=True)
@@ -163,7 +259,9 @@ def test_tiles_change_nothing_for_a_pointwise_model(size, shape):
     assert label.shape == shape and np.array_equal(label, whole_label)
     np.testing.assert_allclose(confidence, whole_confidence, atol=1e-6)
     label, confidence = predict.predict_picture(Constant(), image, size, tile=32, scales=[0.5, 2.0])
-    assert (label == 0).all() and confidence == pytest.approx(torch.tensor([1.0, -2.0, 0.5]).softmax(0)[0].item(), abs=1e-6)
+    assert (label == 0).all() and confidence == pytest.approx(
+        torch.tensor([1.0, -2.0, 0.5]).softmax(0)[0].item(), abs=1e-6
+    )
 
 
 def test_twenty_megapixels_in_tiles():
@@ -171,18 +269,42 @@ def test_twenty_megapixels_in_tiles():
     image = torch.zeros(3, 3648, 5472, dtype=torch.uint8)
     image[0, :, 4000:] = 255
     label, _ = predict.predict_picture(model, image, (3648, 5472))
-    assert model.largest == 1024 ** 2 and label.shape == (3648, 5472)
+    assert model.largest == 1024**2 and label.shape == (3648, 5472)
     assert len(np.unique(label[:, :4000])) == len(np.unique(label[:, 4000:])) == 1
 
 
 def test_options_reach_the_prediction(street, script, tmp_path):
     scene(4, (90, 70)).save(tmp_path / "a.png")
     image, model = data.to_float(data.read_image(tmp_path / "a.png")[None], "cpu"), load(street)
-    for i, (options, same) in enumerate(((["--flip"], dict(flip=True)), (["--scales", 0.5, 1.5], dict(scales=[0.5, 1.5])), (["--sliding-window"], dict(window=(48, 48))))):
-        assert script(predict, street, tmp_path / "a.png", "--out-dir", tmp_path / str(i), *options)[0] == 0
-        assert np.array_equal(mask_of(tmp_path / str(i) / "a.png"), predict_probabilities(model, image, **same)[0].argmax(0).numpy())
-    assert script(predict, street, tmp_path / "a.png", "--out-dir", tmp_path / "tiles", "--tile", 48)[0] == 0
-    assert 0.5 < (mask_of(tmp_path / "tiles" / "a.png") == predict_probabilities(model, image)[0].argmax(0).numpy()).mean() < 1
+    for i, (options, same) in enumerate(
+        (
+            (["--flip"], dict(flip=True)),
+            (["--scales", 0.5, 1.5], dict(scales=[0.5, 1.5])),
+            (["--sliding-window"], dict(window=(48, 48))),
+        )
+    ):
+        assert (
+            script(predict, street, tmp_path / "a.png", "--out-dir", tmp_path / str(i), *options)[0]
+            == 0
+        )
+        assert np.array_equal(
+            mask_of(tmp_path / str(i) / "a.png"),
+            predict_probabilities(model, image, **same)[0].argmax(0).numpy(),
+        )
+    assert (
+        script(predict, street, tmp_path / "a.png", "--out-dir", tmp_path / "tiles", "--tile", 48)[
+            0
+        ]
+        == 0
+    )
+    assert (
+        0.5
+        < (
+            mask_of(tmp_path / "tiles" / "a.png")
+            == predict_probabilities(model, image)[0].argmax(0).numpy()
+        ).mean()
+        < 1
+    )
 
 
 # ------------------------------------------------------------------------------------------------- what to label, ONNX
@@ -192,13 +314,25 @@ def test_suggestions(street, script, tmp_path):
         scene(i).save(tmp_path / "in" / f"{i}.png")
     scores = {}
     for path in sorted((tmp_path / "in").iterdir()):
-        prob = predict_probabilities(load(street), data.to_float(data.read_image(path)[None], "cpu"))
+        prob = predict_probabilities(
+            load(street), data.to_float(data.read_image(path)[None], "cpu")
+        )
         scores[str(path)] = 1 - prob.max(dim=1).values.mean().item()
-    status, out, err = script(predict, street, tmp_path / "in", "--out-dir", tmp_path / "out", "--suggest", 3)
+    status, out, err = script(
+        predict, street, tmp_path / "in", "--out-dir", tmp_path / "out", "--suggest", 3
+    )
     lines = out.splitlines()
-    assert status == 0 and (tmp_path / "out" / "suggest.txt").read_text().splitlines() == lines[:3] and len(lines) == 4
-    assert [line.split("  ")[1] for line in lines[:3]] == sorted(scores, key=scores.get, reverse=True)[:3]
-    assert [float(line.split("  ")[0]) for line in lines[:3]] == pytest.approx(sorted(scores.values(), reverse=True)[:3], abs=1e-4)
+    assert (
+        status == 0
+        and (tmp_path / "out" / "suggest.txt").read_text().splitlines() == lines[:3]
+        and len(lines) == 4
+    )
+    assert [line.split("  ")[1] for line in lines[:3]] == sorted(
+        scores, key=scores.get, reverse=True
+    )[:3]
+    assert [float(line.split("  ")[0]) for line in lines[:3]] == pytest.approx(
+        sorted(scores.values(), reverse=True)[:3], abs=1e-4
+    )
 
 
 def test_onnx(street, script, tmp_path):
@@ -206,22 +340,42 @@ def test_onnx(street, script, tmp_path):
         pytest.importorskip(package)
     onnxruntime = pytest.importorskip("onnxruntime")
     status, out, err = script(predict, street, "--onnx", tmp_path / "net.onnx")
-    assert status == 0 and out == f"network written to {tmp_path / 'net.onnx'}\n" and tree(tmp_path) == {"net.onnx"}, err
+    assert (
+        status == 0
+        and out == f"network written to {tmp_path / 'net.onnx'}\n"
+        and tree(tmp_path) == {"net.onnx"}
+    ), err
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
-    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == data.load_source("street", None).classes
+    assert (
+        json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+        == data.load_source("street", None).classes
+    )
     model = load(street)
     for batch, size in ((1, (64, 64)), (3, (77, 130)), (2, (33, 1))):
-        images = torch.stack([data.to_float(data.resize_image(data.street_scene("val", i)[0], size), "cpu") for i in range(batch)])
-        logits, = session.run(None, {"images": images.numpy()})
+        images = torch.stack(
+            [
+                data.to_float(data.resize_image(data.street_scene("val", i)[0], size), "cpu")
+                for i in range(batch)
+            ]
+        )
+        (logits,) = session.run(None, {"images": images.numpy()})
         prob = predict_probabilities(model, images)
-        assert logits.shape == prob.shape and (logits.argmax(1) == prob.argmax(1).numpy()).mean() >= 0.999
+        assert (
+            logits.shape == prob.shape
+            and (logits.argmax(1) == prob.argmax(1).numpy()).mean() >= 0.999
+        )
         np.testing.assert_allclose(torch.from_numpy(logits).softmax(1), prob, atol=1e-4)
 
 
 def test_onnx_says_what_to_install(street, script, tmp_path, monkeypatch):
     monkeypatch.setattr(predict.importlib.util, "find_spec", lambda name: None)
     status, out, err = script(predict, street, "--onnx", tmp_path / "net.onnx")
-    assert status == 2 and err.count("\n") == 1 and "pip install onnx onnxscript" in err and not tree(tmp_path)
+    assert (
+        status == 2
+        and err.count("\n") == 1
+        and "pip install onnx onnxscript" in err
+        and not tree(tmp_path)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -229,7 +383,9 @@ def damaged(street, folder, **changes):
     """A copy of the run with other entries in its config.json."""
     shutil.copytree(street, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **{key: change(config[key]) for key, change in changes.items()}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, **{key: change(config[key]) for key, change in changes.items()}})
+    )
     return folder
 
 
@@ -240,17 +396,26 @@ def test_bad_input_is_one_line_and_leaves_nothing(street, script, tmp_path):
     file.write_text("x")
     (tmp_path / "in").mkdir()
     scene().save(tmp_path / "in" / "a.png")
-    runs = {"classes": dict(model=lambda m: {**m, "num_classes": 4}), "palette": dict(palette=lambda p: p[:3]), "colour": dict(palette=lambda p: [[300, 0, 0]] * len(p)),
-            "wider": dict(model=lambda m: {**m, "channels": 24}), "backbone": dict(model=lambda m: {**m, "backbone": "resnet18"}),
-            "unknown": dict(model=lambda m: {**m, "backbone": "no_such_net"}), "option": dict(model=lambda m: {**m, "depth": 3}), "text": dict(model=lambda m: {**m, "channels": "x"}),
-            "crop": dict(crop_size=lambda c: None)}
+    runs = {
+        "classes": dict(model=lambda m: {**m, "num_classes": 4}),
+        "palette": dict(palette=lambda p: p[:3]),
+        "colour": dict(palette=lambda p: [[300, 0, 0]] * len(p)),
+        "wider": dict(model=lambda m: {**m, "channels": 24}),
+        "backbone": dict(model=lambda m: {**m, "backbone": "resnet18"}),
+        "unknown": dict(model=lambda m: {**m, "backbone": "no_such_net"}),
+        "option": dict(model=lambda m: {**m, "depth": 3}),
+        "text": dict(model=lambda m: {**m, "channels": "x"}),
+        "crop": dict(crop_size=lambda c: None),
+    }
     for name, changes in runs.items():
         damaged(street, tmp_path / name, **changes)
     for name in ("json", "list", "weights", "noise", "bare"):
         shutil.copytree(street, tmp_path / name)
     (tmp_path / "json" / "config.json").write_text((street / "config.json").read_text()[:-30])
     (tmp_path / "list" / "config.json").write_text("[]")
-    (tmp_path / "weights" / "model.safetensors").write_bytes((street / "model.safetensors").read_bytes()[:-100])
+    (tmp_path / "weights" / "model.safetensors").write_bytes(
+        (street / "model.safetensors").read_bytes()[:-100]
+    )
     (tmp_path / "noise" / "model.safetensors").write_text("no weights")
     (tmp_path / "bare" / "model.safetensors").unlink()
     torch.save({"f": scene}, tmp_path / "code.pth")
@@ -260,23 +425,54 @@ def test_bad_input_is_one_line_and_leaves_nothing(street, script, tmp_path):
     checkpoint = ["--dataset", "cityscapes", picture, *out, "--checkpoint"]
     before = tree(tmp_path)
     for arguments, culprit in [
-            ([], "run's folder"), ([street], str(street)), ([street, picture], "--out-dir"), ([street, tmp_path / "none.png", *out], "none.png"), ([street, empty, *out], "empty: holds no picture"),
-            ([street, picture, "--out-dir", file], str(file)), ([street, picture, "--out-dir", file / "deeper"], "deeper"), ([street, picture, "--out-dir", tmp_path], "a.png"),
-            ([street, tmp_path / "in", "--out-dir", tmp_path / "in"], "--out-dir"), ([street, picture, *out, "--dataset", "sun"], "--dataset"),
-            ([street, picture, *out, "--suggest", "0"], "--suggest"), ([street, picture, *out, "--tile", "3"], "--tile"), ([street, picture, *out, "--scales", "x"], "--scales"),
-            ([street, picture, *out, "--nonsense"], "--nonsense"), ([street, "--onnx", file / "net.onnx"], "net.onnx"),
-            ([tmp_path / "nowhere", picture, *out], "nowhere"), ([empty, picture, *out], "config.json"), ([picture, picture, *out], "a.png"),
-            *(([tmp_path / name, picture, *out], "config.json") for name in ("classes", "palette", "colour", "option", "text", "crop", "json", "list")),
-            ([tmp_path / "unknown", picture, *out], "no_such_net"), *(([tmp_path / name, picture, *out], "model.safetensors") for name in ("wider", "backbone", "weights", "noise", "bare")),
-            ([*checkpoint, tmp_path / "code.pth"], "code.pth"), ([*checkpoint, tmp_path / "cut.pth"], "cut.pth"), ([*checkpoint, tmp_path / "none.pth"], "none.pth"),
-            ([*checkpoint, empty], "empty"), ([picture, *out, "--checkpoint", tmp_path / "cut.pth"], "--dataset")]:
+        ([], "run's folder"),
+        ([street], str(street)),
+        ([street, picture], "--out-dir"),
+        ([street, tmp_path / "none.png", *out], "none.png"),
+        ([street, empty, *out], "empty: holds no picture"),
+        ([street, picture, "--out-dir", file], str(file)),
+        ([street, picture, "--out-dir", file / "deeper"], "deeper"),
+        ([street, picture, "--out-dir", tmp_path], "a.png"),
+        ([street, tmp_path / "in", "--out-dir", tmp_path / "in"], "--out-dir"),
+        ([street, picture, *out, "--dataset", "sun"], "--dataset"),
+        ([street, picture, *out, "--suggest", "0"], "--suggest"),
+        ([street, picture, *out, "--tile", "3"], "--tile"),
+        ([street, picture, *out, "--scales", "x"], "--scales"),
+        ([street, picture, *out, "--nonsense"], "--nonsense"),
+        ([street, "--onnx", file / "net.onnx"], "net.onnx"),
+        ([tmp_path / "nowhere", picture, *out], "nowhere"),
+        ([empty, picture, *out], "config.json"),
+        ([picture, picture, *out], "a.png"),
+        *(
+            ([tmp_path / name, picture, *out], "config.json")
+            for name in ("classes", "palette", "colour", "option", "text", "crop", "json", "list")
+        ),
+        ([tmp_path / "unknown", picture, *out], "no_such_net"),
+        *(
+            ([tmp_path / name, picture, *out], "model.safetensors")
+            for name in ("wider", "backbone", "weights", "noise", "bare")
+        ),
+        ([*checkpoint, tmp_path / "code.pth"], "code.pth"),
+        ([*checkpoint, tmp_path / "cut.pth"], "cut.pth"),
+        ([*checkpoint, tmp_path / "none.pth"], "none.pth"),
+        ([*checkpoint, empty], "empty"),
+        ([picture, *out, "--checkpoint", tmp_path / "cut.pth"], "--dataset"),
+    ]:
         status, text, err = script(predict, *arguments)
-        assert status == 2 and err.count("\n") == 1 and err.startswith("predict.py: ") and culprit in err and not text, (arguments, status, text, err)
+        assert (
+            status == 2
+            and err.count("\n") == 1
+            and err.startswith("predict.py: ")
+            and culprit in err
+            and not text
+        ), (arguments, status, text, err)
         assert tree(tmp_path) == before and not (tmp_path / "out").exists(), arguments
 
 
 def test_a_backbone_that_needs_some_pixels(script, tmp_path):
-    folder = make_run(tmp_path / "run", backbone="test_convnext", output_stride=32, decoder_stride=4)
+    folder = make_run(
+        tmp_path / "run", backbone="test_convnext", output_stride=32, decoder_stride=4
+    )
     scene(0, (1, 1)).save(tmp_path / "dot.png")
     status, out, err = script(predict, folder, tmp_path / "dot.png", "--out-dir", tmp_path / "out")
     assert status == 0 and mask_of(tmp_path / "out" / "dot.png").shape == (1, 1), err

@@ -1,4 +1,5 @@
 """A run that is killed at any moment and resumed ends as if nothing had happened, to the bit."""
+
 import json
 import os
 import random
@@ -11,27 +12,74 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cli import ENVIRONMENT, ROOT, fork, run_many, run_script
 from safetensors.torch import load_file
 
 import data
 import run
 import trees
+from cli import ENVIRONMENT, ROOT, fork, run_many, run_script
 
 # checkpoints at every step and a validation at every third: most of the time something is being written
-OPTIONS = ["train_semi.py", "--reco", "--dataset", "folder", "--data-path", "DATA", "--recipe", "street", "--crop-size", "32", "--iterations", "9", "--val-interval", "3", "--save-interval", "1", "--batch-size", "2", "--num-workers", "1",
-           "--log-interval", "1", "--reco-num-queries", "16", "--reco-num-negatives", "16"]
+OPTIONS = [
+    "train_semi.py",
+    "--reco",
+    "--dataset",
+    "folder",
+    "--data-path",
+    "DATA",
+    "--recipe",
+    "street",
+    "--crop-size",
+    "32",
+    "--iterations",
+    "9",
+    "--val-interval",
+    "3",
+    "--save-interval",
+    "1",
+    "--batch-size",
+    "2",
+    "--num-workers",
+    "1",
+    "--log-interval",
+    "1",
+    "--reco-num-queries",
+    "16",
+    "--reco-num-negatives",
+    "16",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_data(tmp_path_factory):
-    OPTIONS[OPTIONS.index("DATA")] = str(trees.folder(tmp_path_factory.mktemp("data") / "data", size=(32, 40)))
+    OPTIONS[OPTIONS.index("DATA")] = str(
+        trees.folder(tmp_path_factory.mktemp("data") / "data", size=(32, 40))
+    )
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def start(processes: int, *words) -> subprocess.Popen:
-    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.Popen([*launcher, *map(str, words)], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    launcher = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
+    )
+    return subprocess.Popen(
+        [*launcher, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def same(a, b) -> bool:
@@ -45,8 +93,12 @@ def same(a, b) -> bool:
 
 
 def final_state(folder) -> tuple:
-    return (torch.load(folder / "checkpoint" / "state.pt", weights_only=True), load_file(folder / "model.safetensors"),
-            json.loads((folder / "history.json").read_text()), (folder / "labeled.txt").read_text())
+    return (
+        torch.load(folder / "checkpoint" / "state.pt", weights_only=True),
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "history.json").read_text()),
+        (folder / "labeled.txt").read_text(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +112,18 @@ def uninterrupted(tmp_path_factory):
             assert done.returncode == 0, done.stderr[-3000:]
             states[processes] = final_state(folder)
         return states[processes]
+
     return state
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_to_the_bit(processes, uninterrupted, tmp_path):
-    expected, folder, kills, rng = uninterrupted(processes), tmp_path / "run", 0, random.Random(processes)
+    expected, folder, kills, rng = (
+        uninterrupted(processes),
+        tmp_path / "run",
+        0,
+        random.Random(processes),
+    )
     for attempt in range(40):
         resume = ["--resume"] if (folder / "config.json").exists() else []
         run = start(processes, *OPTIONS, "--out-dir", folder, *resume)
@@ -74,10 +132,20 @@ def test_killed_and_resumed_to_the_bit(processes, uninterrupted, tmp_path):
                 while run.poll() is None and not (folder / "config.json").exists():
                     time.sleep(0.05)
                 if resume:
-                    before = (folder / "checkpoint" / "state.pt").stat().st_mtime_ns if (folder / "checkpoint" / "state.pt").exists() else 0
+                    before = (
+                        (folder / "checkpoint" / "state.pt").stat().st_mtime_ns
+                        if (folder / "checkpoint" / "state.pt").exists()
+                        else 0
+                    )
                     deadline = time.monotonic() + 120
-                    while run.poll() is None and time.monotonic() < deadline and not ((folder / "checkpoint" / "state.pt").exists()
-                                                                                     and (folder / "checkpoint" / "state.pt").stat().st_mtime_ns > before):
+                    while (
+                        run.poll() is None
+                        and time.monotonic() < deadline
+                        and not (
+                            (folder / "checkpoint" / "state.pt").exists()
+                            and (folder / "checkpoint" / "state.pt").stat().st_mtime_ns > before
+                        )
+                    ):
                         time.sleep(0.005)
                 time.sleep(rng.uniform(0, 0.4))
                 if run.poll() is None:
@@ -101,8 +169,12 @@ def test_killed_and_resumed_to_the_bit(processes, uninterrupted, tmp_path):
     assert not list(folder.rglob("*.part"))
 
 
-@pytest.mark.parametrize("processes,number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_signals_save_at_the_next_step_and_say_how_to_go_on(processes, number, uninterrupted, tmp_path):
+@pytest.mark.parametrize(
+    "processes,number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)]
+)
+def test_signals_save_at_the_next_step_and_say_how_to_go_on(
+    processes, number, uninterrupted, tmp_path
+):
     folder = tmp_path / "run"
     run = start(processes, *OPTIONS, "--save-interval", "100", "--out-dir", folder)
     while run.poll() is None and not (folder / "config.json").exists():
@@ -113,30 +185,62 @@ def test_signals_save_at_the_next_step_and_say_how_to_go_on(processes, number, u
     stopped = re.search(r"stopped at step (\d+) of 9, saved. Go on with: (.*--resume)", out)
     assert stopped, out[-2000:]
     assert processes == 2 or run.returncode == 128 + number
-    assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["step"] == int(stopped[1])
-    done = run_script(*OPTIONS, "--save-interval", "100", "--out-dir", folder, "--resume", processes=processes)
+    assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["step"] == int(
+        stopped[1]
+    )
+    done = run_script(
+        *OPTIONS, "--save-interval", "100", "--out-dir", folder, "--resume", processes=processes
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert same(final_state(folder)[0], uninterrupted(processes)[0])
 
 
 def test_resuming_with_other_arguments_is_refused(tmp_path):
     folder = tmp_path / "run"
-    done = fork("train_supervised.py", *OPTIONS[2:10], "--iterations", "2", "--batch-size", "2", "--log-with", "none", "--out-dir", folder)
+    done = fork(
+        "train_supervised.py",
+        *OPTIONS[2:10],
+        "--iterations",
+        "2",
+        "--batch-size",
+        "2",
+        "--log-with",
+        "none",
+        "--out-dir",
+        folder,
+    )
     assert done.returncode == 0, done.stderr
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    refused = [(["train_supervised.py", "--seed", "1"], "--seed 1 (the run: 0)"), (["train_supervised.py", "--lr", "0.5"], "--lr 0.5"),
-               (["train_supervised.py", "--iterations", "50"], "--iterations 50"), (["train_supervised.py", "--reco"], "--reco True"),
-               (["train_supervised.py", "--crop-size", "48"], "--crop-size"), (["train_semi.py"], "train_supervised.py")]
-    for (words, culprit), (status, _, err) in zip(refused, run_many([[*words, "--out-dir", folder, "--resume"] for words, _ in refused])):
+    refused = [
+        (["train_supervised.py", "--seed", "1"], "--seed 1 (the run: 0)"),
+        (["train_supervised.py", "--lr", "0.5"], "--lr 0.5"),
+        (["train_supervised.py", "--iterations", "50"], "--iterations 50"),
+        (["train_supervised.py", "--reco"], "--reco True"),
+        (["train_supervised.py", "--crop-size", "48"], "--crop-size"),
+        (["train_semi.py"], "train_supervised.py"),
+    ]
+    for (words, culprit), (status, _, err) in zip(
+        refused, run_many([[*words, "--out-dir", folder, "--resume"] for words, _ in refused])
+    ):
         assert status == 2 and culprit in err and len(err.splitlines()) == 1, (words, err)
     done = run_script("train_supervised.py", "--out-dir", folder, "--resume", processes=2)
     assert done.returncode != 0 and "processes 2 (the run: 1)" in done.stderr
-    done = fork("train_supervised.py", "--out-dir", folder, "--resume", ACCELERATE_MIXED_PRECISION="bf16")  # as `accelerate launch --mixed_precision bf16`
+    done = fork(
+        "train_supervised.py", "--out-dir", folder, "--resume", ACCELERATE_MIXED_PRECISION="bf16"
+    )  # as `accelerate launch --mixed_precision bf16`
     assert done.returncode == 2 and "mixed precision bf16 (the run: no)" in done.stderr
-    done = fork("train_supervised.py", "--out-dir", folder, "--resume", ACCELERATE_MIXED_PRECISION="fp16")  # a CPU has none
-    assert done.returncode == 2 and "fp16 needs a GPU" in done.stderr and "Traceback" not in done.stderr
+    done = fork(
+        "train_supervised.py", "--out-dir", folder, "--resume", ACCELERATE_MIXED_PRECISION="fp16"
+    )  # a CPU has none
+    assert (
+        done.returncode == 2
+        and "fp16 needs a GPU" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    done = fork("train_supervised.py", "--out-dir", folder, "--resume", "--num-workers", "1")  # harmless: nothing is left to do
+    done = fork(
+        "train_supervised.py", "--out-dir", folder, "--resume", "--num-workers", "1"
+    )  # harmless: nothing is left to do
     assert done.returncode == 0, done.stderr
 
 
@@ -147,6 +251,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     def fail(file):
         file.write(b"half of the new")
         raise OSError(28, "No space left on device")
+
     with pytest.raises(OSError):
         data.atomic_write(path, fail)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
@@ -154,36 +259,102 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
     folder = tmp_path / "run"
-    done = fork("train_supervised.py", *OPTIONS[2:10], "--iterations", "40", "--lr", "1e12", "--save-interval", "1", "--val-interval", "40", "--log-interval", "1",
-                "--batch-size", "2", "--log-with", "none", "--out-dir", folder)
+    done = fork(
+        "train_supervised.py",
+        *OPTIONS[2:10],
+        "--iterations",
+        "40",
+        "--lr",
+        "1e12",
+        "--save-interval",
+        "1",
+        "--val-interval",
+        "40",
+        "--log-interval",
+        "1",
+        "--batch-size",
+        "2",
+        "--log-with",
+        "none",
+        "--out-dir",
+        folder,
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.search(r"the (loss was not finite at|weights were not finite after) step \d+", done.stderr), done.stderr
+    assert re.search(
+        r"the (loss was not finite at|weights were not finite after) step \d+", done.stderr
+    ), done.stderr
     path = folder / "checkpoint" / "state.pt"  # there is none where the first step went wrong
-    assert not path.exists() or all(torch.isfinite(v).all() for v in torch.load(path, weights_only=True)["model"].values() if v.is_floating_point())
+    assert not path.exists() or all(
+        torch.isfinite(v).all()
+        for v in torch.load(path, weights_only=True)["model"].values()
+        if v.is_floating_point()
+    )
 
 
 def test_the_offending_batch_is_written(tmp_path):
     """With checkpoints far apart the logging interval finds the step, tells the parts and writes what the step had seen."""
     folder = tmp_path / "run"
-    done = fork("train_supervised.py", *OPTIONS[2:10], "--iterations", "40", "--lr", "1e12", "--val-interval", "40", "--log-interval", "4", "--batch-size", "2",
-                "--log-with", "none", "--out-dir", folder)
-    found = re.search(r"the loss was not finite at step (\d+) \(.*loss/supervised (nan|inf)", done.stderr)
+    done = fork(
+        "train_supervised.py",
+        *OPTIONS[2:10],
+        "--iterations",
+        "40",
+        "--lr",
+        "1e12",
+        "--val-interval",
+        "40",
+        "--log-interval",
+        "4",
+        "--batch-size",
+        "2",
+        "--log-with",
+        "none",
+        "--out-dir",
+        folder,
+    )
+    found = re.search(
+        r"the loss was not finite at step (\d+) \(.*loss/supervised (nan|inf)", done.stderr
+    )
     assert done.returncode == 2 and found, done.stderr
-    (image, label, index), = torch.load(folder / f"nonfinite-step{found[1]}-process0.pt", weights_only=True)
+    ((image, label, index),) = torch.load(
+        folder / f"nonfinite-step{found[1]}-process0.pt", weights_only=True
+    )
     assert image.shape == (2, 3, 32, 32) and label.shape == (2, 32, 32)
 
 
 def test_a_bad_step_before_the_unlabelled_images_join_is_told_in_time(tmp_path):
     """The logging interval lies beyond the end of the warm-up, from where on the step has more parts."""
-    done = fork(*OPTIONS, "--num-workers", "0", "--warmup-iterations", "6", "--log-interval", "9", "--save-interval", "9", "--val-interval", "9", "--lr", "1e12",
-                "--log-with", "none", "--out-dir", tmp_path / "run")
-    assert done.returncode == 2 and re.fullmatch(r"train_semi.py: the loss was not finite at step [1-5] \(loss/total (nan|inf), loss/supervised (nan|inf)\);.*", done.stderr.splitlines()[-1]), done.stderr
+    done = fork(
+        *OPTIONS,
+        "--num-workers",
+        "0",
+        "--warmup-iterations",
+        "6",
+        "--log-interval",
+        "9",
+        "--save-interval",
+        "9",
+        "--val-interval",
+        "9",
+        "--lr",
+        "1e12",
+        "--log-with",
+        "none",
+        "--out-dir",
+        tmp_path / "run",
+    )
+    assert done.returncode == 2 and re.fullmatch(
+        r"train_semi.py: the loss was not finite at step [1-5] \(loss/total (nan|inf), loss/supervised (nan|inf)\);.*",
+        done.stderr.splitlines()[-1],
+    ), done.stderr
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
     """Both chose it when it was free; the second to open it gives way."""
     (tmp_path / "config.json").write_text("{}")
-    second = SimpleNamespace(args=SimpleNamespace(resume=False), accelerator=None, main=True, folder=tmp_path)
+    second = SimpleNamespace(
+        args=SimpleNamespace(resume=False), accelerator=None, main=True, folder=tmp_path
+    )
     with pytest.raises(data.UserError, match="another run that began meanwhile"):
         run.Record.begin(second)
 
@@ -191,18 +362,44 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 def test_what_the_system_refuses_is_one_line(capsys, monkeypatch):
     def main():  # as TensorBoard's writer hands it on
         raise OSError(28, "No space left on device", "runs/events")
+
     monkeypatch.setattr("sys.argv", ["train_semi.py"])
     monkeypatch.setattr(run, "STARTED", True)
     with pytest.raises(SystemExit) as end:
         run.launch(main)
-    assert end.value.code == 2 and capsys.readouterr().err == "train_semi.py: [Errno 28] No space left on device: 'runs/events'\n"
+    assert (
+        end.value.code == 2
+        and capsys.readouterr().err
+        == "train_semi.py: [Errno 28] No space left on device: 'runs/events'\n"
+    )
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(tmp_path):
     folder = tmp_path / "run"
-    small = ["train_supervised.py", *OPTIONS[2:10], "--batch-size", "2", "--log-with", "none", "--out-dir", folder, "--iterations", "4", "--val-interval", "4", "--save-interval", "2"]
+    small = [
+        "train_supervised.py",
+        *OPTIONS[2:10],
+        "--batch-size",
+        "2",
+        "--log-with",
+        "none",
+        "--out-dir",
+        folder,
+        "--iterations",
+        "4",
+        "--val-interval",
+        "4",
+        "--save-interval",
+        "2",
+    ]
     code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6,) * 2); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, *map(str, small)], cwd=ROOT, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, small)],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "state.pt: cannot be written" in done.stderr
     assert not list(folder.rglob("*.part")) and not (folder / "checkpoint" / "state.pt").exists()
@@ -216,7 +413,25 @@ def test_an_error_in_a_loader_process_ends_the_run(tmp_path):
     tree = trees.cityscapes(tmp_path / "data", size=(32, 64))
     for image in (tree / "leftImg8bit" / "train").rglob("*.png"):
         image.write_bytes(image.read_bytes()[:300])
-    done = run_script("train_semi.py", "--dataset", "cityscapes", "--data-path", tree, "--recipe", "street", "--num-workers", "2", "--iterations", "5", "--out-dir",
-                      tmp_path / "run", timeout=90)
-    assert done.returncode == 2 and done.stderr.count("leftImg8bit.png") == 1 and len(done.stderr.splitlines()) == 1
+    done = run_script(
+        "train_semi.py",
+        "--dataset",
+        "cityscapes",
+        "--data-path",
+        tree,
+        "--recipe",
+        "street",
+        "--num-workers",
+        "2",
+        "--iterations",
+        "5",
+        "--out-dir",
+        tmp_path / "run",
+        timeout=90,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.count("leftImg8bit.png") == 1
+        and len(done.stderr.splitlines()) == 1
+    )
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
 """Which images are labelled: the rule of the labelled split, published lists, and the two roles of images."""
+
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,19 @@ def cache(tmp_path, monkeypatch):
 
 def in_memory(monkeypatch, contents: list[set[int]], classes: int, min_classes: int = 1) -> Source:
     """A source of images n000, n001, ... that hold these classes; `source.read_so_far` tells how many labels were looked at."""
-    samples = [Sample(f"n{i:03d}", f"/n{i:03d}.jpg", f"/n{i:03d}.png") for i in range(len(contents))]
-    source = Source("made", [str(c) for c in range(classes)], [], samples, [], min_classes=min_classes)
+    samples = [
+        Sample(f"n{i:03d}", f"/n{i:03d}.jpg", f"/n{i:03d}.png") for i in range(len(contents))
+    ]
+    source = Source(
+        "made", [str(c) for c in range(classes)], [], samples, [], min_classes=min_classes
+    )
     source.read_so_far = 0
 
     def label_index(source, samples, quiet=True):
         for sample in samples:
             source.read_so_far += 1
             yield {"classes": sorted(contents[int(sample.name[1:])]), "share": 1.0}
+
     monkeypatch.setattr(data, "label_index", label_index)
     return source
 
@@ -32,7 +38,14 @@ def contents_of(number, classes, low, high, seed=0):
     """Random class sets; class c is rarer the higher its id."""
     rng = np.random.default_rng(seed)
     rarity = 1 / (1 + np.arange(classes))
-    return [set(rng.choice(classes, rng.integers(low, high + 1), replace=False, p=rarity / rarity.sum()).tolist()) for _ in range(number)]
+    return [
+        set(
+            rng.choice(
+                classes, rng.integers(low, high + 1), replace=False, p=rarity / rarity.sum()
+            ).tolist()
+        )
+        for _ in range(number)
+    ]
 
 
 def walk(contents, number, seed, classes, min_classes):
@@ -43,7 +56,11 @@ def walk(contents, number, seed, classes, min_classes):
         passed_over = []
         for i in order:
             least = [c for c in range(classes) if times[c] == min(times)]
-            if len(taken) < number and len(contents[i]) >= min_classes and any(c in contents[i] for c in least):
+            if (
+                len(taken) < number
+                and len(contents[i]) >= min_classes
+                and any(c in contents[i] for c in least)
+            ):
                 taken.append(i)
                 for c in contents[i]:
                     times[c] += 1
@@ -53,7 +70,10 @@ def walk(contents, number, seed, classes, min_classes):
     return [f"n{i:03d}" for i in taken]
 
 
-@pytest.mark.parametrize("number, classes, low, high, min_classes", [(5, 8, 1, 5, 1), (20, 19, 8, 16, 12), (12, 21, 1, 6, 3), (30, 37, 2, 9, 1)])
+@pytest.mark.parametrize(
+    "number, classes, low, high, min_classes",
+    [(5, 8, 1, 5, 1), (20, 19, 8, 16, 12), (12, 21, 1, 6, 3), (30, 37, 2, 9, 1)],
+)
 def test_the_rule(monkeypatch, number, classes, low, high, min_classes):
     for seed in range(5):
         contents = contents_of(400, classes, low, high, seed)
@@ -96,8 +116,15 @@ def test_a_class_found_in_poor_images_alone_is_seen(monkeypatch):
     assert set().union(*(contents[int(s.name[1:])] for s in taken)) == set(range(8))
 
 
-@pytest.mark.parametrize("contents, min_classes", [([{0}] * 12, 3), ([set()] * 12, 1), ([{0, 1, 2}] * 3 + [{0}] * 9, 3),
-                                                   ([{i % 3} for i in range(12)], 12)])
+@pytest.mark.parametrize(
+    "contents, min_classes",
+    [
+        ([{0}] * 12, 3),
+        ([set()] * 12, 1),
+        ([{0, 1, 2}] * 3 + [{0}] * 9, 3),
+        ([{i % 3} for i in range(12)], 12),
+    ],
+)
 def test_always_ends_with_the_number_asked_for(monkeypatch, contents, min_classes):
     source = in_memory(monkeypatch, contents, 5, min_classes)
     for number in range(1, 13):
@@ -112,12 +139,18 @@ def test_more_than_there_are(monkeypatch):
 
 
 def test_split_of_a_tree_on_disk(tmp_path):
-    source = data.load_source("cityscapes", str(trees.cityscapes(tmp_path / "c", train=12, val=1, size=(32, 64))))
+    source = data.load_source(
+        "cityscapes", str(trees.cityscapes(tmp_path / "c", train=12, val=1, size=(32, 64)))
+    )
     labelled, unlabelled, partial = data.divide(source, 4, None, None, 1)
     assert len(labelled) == 4 and len(unlabelled) == 8 and not partial
-    assert {s.name for s in labelled} | {s.name for s in unlabelled} == {s.name for s in source.train}
+    assert {s.name for s in labelled} | {s.name for s in unlabelled} == {
+        s.name for s in source.train
+    }
     assert all(s.label for s in labelled) and not any(s.label for s in unlabelled)
-    seen = set().union(*(set(source.read(s)[1].unique().tolist()) for s in labelled)) - {data.IGNORE}
+    seen = set().union(*(set(source.read(s)[1].unique().tolist()) for s in labelled)) - {
+        data.IGNORE
+    }
     assert seen == set(range(19))
     again = data.load_source("cityscapes", str(tmp_path / "c"))
     assert data.divide(again, 4, None, None, 1)[0] == labelled
@@ -139,24 +172,45 @@ def test_roles():
 def test_roles_in_a_users_folder(tmp_path):
     source = data.load_source("folder", str(trees.folder(tmp_path / "full", train=3, unlabelled=4)))
     labelled, unlabelled, partial = data.divide(source, 0, None, None, 0)
-    assert [len(labelled), len(unlabelled), partial] == [3, 4, False] and not any(s.label for s in unlabelled)
-    source = data.load_source("folder", str(trees.folder(tmp_path / "sparse", train=3, unlabelled=4, painted=0.2)))
+    assert [len(labelled), len(unlabelled), partial] == [3, 4, False] and not any(
+        s.label for s in unlabelled
+    )
+    source = data.load_source(
+        "folder", str(trees.folder(tmp_path / "sparse", train=3, unlabelled=4, painted=0.2))
+    )
     labelled, unlabelled, partial = data.divide(source, 0, None, None, 0)
-    assert [len(labelled), len(unlabelled), partial] == [3, 7, True] and sum(bool(s.label) for s in unlabelled) == 3  # known pixels are kept
+    assert [len(labelled), len(unlabelled), partial] == [3, 7, True] and sum(
+        bool(s.label) for s in unlabelled
+    ) == 3  # known pixels are kept
     assert data.divide(source, 2, None, None, 0)[2]
 
 
-@pytest.mark.parametrize("tree, line", [
-    ("pascal", "JPEGImages/{name}.jpg SegmentationClass/{name}.png"),
-    ("pascal", "/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png"),
-    ("pascal", "{name}"), ("pascal", "{name}.jpg"), ("pascal", "  {name}.png  "),
-    ("cityscapes", "leftImg8bit/train/{city}/{name}_leftImg8bit.png gtFine/train/{city}/{name}_gtFine_labelTrainIds.png"),
-    ("cityscapes", "{city}/{name}"), ("cityscapes", "{name}_leftImg8bit"), ("cityscapes", "{name}"),
-    ("sun", "SUNRGBD-train_images/{name}.jpg"), ("folder", "images/train/{name}.png labels/train/{name}.png"), ("folder", "{name}")])
+@pytest.mark.parametrize(
+    "tree, line",
+    [
+        ("pascal", "JPEGImages/{name}.jpg SegmentationClass/{name}.png"),
+        ("pascal", "/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png"),
+        ("pascal", "{name}"),
+        ("pascal", "{name}.jpg"),
+        ("pascal", "  {name}.png  "),
+        (
+            "cityscapes",
+            "leftImg8bit/train/{city}/{name}_leftImg8bit.png gtFine/train/{city}/{name}_gtFine_labelTrainIds.png",
+        ),
+        ("cityscapes", "{city}/{name}"),
+        ("cityscapes", "{name}_leftImg8bit"),
+        ("cityscapes", "{name}"),
+        ("sun", "SUNRGBD-train_images/{name}.jpg"),
+        ("folder", "images/train/{name}.png labels/train/{name}.png"),
+        ("folder", "{name}"),
+    ],
+)
 def test_published_lists(tmp_path, tree, line):
     source = data.load_source(tree, str(getattr(trees, tree)(tmp_path / "data", train=4)))
     chosen = [s for s in source.train if s.label][2:0:-1]
-    text = "".join(line.format(name=s.name, city=s.name.partition("_")[0]) + "\n" for s in chosen + chosen[:1])
+    text = "".join(
+        line.format(name=s.name, city=s.name.partition("_")[0]) + "\n" for s in chosen + chosen[:1]
+    )
     for ending, encoding in (("\n", "utf-8"), ("\r\n", "utf-8-sig")):
         (tmp_path / "list.txt").write_bytes(("\n" + text).replace("\n", ending).encode(encoding))
         labelled, unlabelled, partial = data.divide(source, 0, None, str(tmp_path / "list.txt"), 0)
@@ -168,7 +222,9 @@ def test_a_runs_own_list_can_be_given_back(tmp_path):
     """labeled.txt holds names, and a user's names may hold spaces and dots."""
     root = trees.folder(tmp_path / "data", train=2)
     for kind in ("images", "labels"):
-        (root / kind / "train" / "train_000.png").rename(root / kind / "train" / "my photo 1.final.png")
+        (root / kind / "train" / "train_000.png").rename(
+            root / kind / "train" / "my photo 1.final.png"
+        )
     source = data.load_source("folder", str(root))
     labelled = data.divide(source, 0, None, None, 0)[0]
     (tmp_path / "labeled.txt").write_text("".join(f"{s.name}\n" for s in labelled))
@@ -185,6 +241,7 @@ def test_bad_lists(tmp_path):
             data.published_split(source, str(list_file))
         assert "\n" not in str(error.value)
         return str(error.value)
+
     assert "line 2: val_000 is no training image" in refused("train_000\nval_000\n")
     assert "train_002" in refused("train_002\n") and "has no label" in refused("train_002\n")
     assert "names no image" in refused("\n \n")

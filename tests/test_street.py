@@ -1,4 +1,5 @@
 """The embedded street scenes: what the rest of the repository relies on, and what makes them a useful data set."""
+
 import subprocess
 import sys
 import zlib
@@ -11,15 +12,28 @@ from PIL import Image
 import street
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = dict(road=.31, sidewalk=.16, building=.16, pole=.009, sign=.005, vegetation=.052, sky=.23, person=.014,
-              rider=.006, car=.042, truck=.015)  # of the pixels of the training split
+SHARES = dict(
+    road=0.31,
+    sidewalk=0.16,
+    building=0.16,
+    pole=0.009,
+    sign=0.005,
+    vegetation=0.052,
+    sky=0.23,
+    person=0.014,
+    rider=0.006,
+    car=0.042,
+    truck=0.015,
+)  # of the pixels of the training split
 
 
 @pytest.fixture(scope="module")
 def scenes():
     """The first scenes of each split: {split: [(image, label), ...]}."""
     counts = {"train": 200, "val": 40, "test": 40}
-    return {split: [street.scene(split, i) for i in range(count)] for split, count in counts.items()}
+    return {
+        split: [street.scene(split, i) for i in range(count)] for split, count in counts.items()
+    }
 
 
 def test_shapes_types_and_constants(scenes):
@@ -28,23 +42,36 @@ def test_shapes_types_and_constants(scenes):
     for image, label in scenes["val"]:
         assert image.dtype == label.dtype == np.uint8
         assert image.shape == (64, 64, 3) and label.shape == (64, 64)
-        assert image.flags.c_contiguous and label.flags.c_contiguous and image.flags.writeable and label.flags.writeable
+        assert (
+            image.flags.c_contiguous
+            and label.flags.c_contiguous
+            and image.flags.writeable
+            and label.flags.writeable
+        )
         assert label.max() < 11 and image.std() > 5
 
 
 def test_the_same_bits_in_any_order_and_in_another_process(scenes):
     for index in (7, 3, 7):
         image, label = street.scene("train", index)
-        assert np.array_equal(image, scenes["train"][index][0]) and np.array_equal(label, scenes["train"][index][1])
-    program = "import street, zlib; a, b = street.scene('test', 5); print(zlib.crc32(a), zlib.crc32(b))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert np.array_equal(image, scenes["train"][index][0]) and np.array_equal(
+            label, scenes["train"][index][1]
+        )
+    program = (
+        "import street, zlib; a, b = street.scene('test', 5); print(zlib.crc32(a), zlib.crc32(b))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == [str(zlib.crc32(part)) for part in scenes["test"][5]]
 
 
 def test_a_known_scene():
     """Pixels per class of two scenes, with room for the way another Pillow rounds edges."""
-    for split, index, counts in (("val", 0, [761, 446, 344, 64, 0, 423, 1327, 79, 132, 520, 0]),
-                                 ("test", 499, [1505, 526, 452, 18, 26, 78, 1118, 35, 0, 338, 0])):
+    for split, index, counts in (
+        ("val", 0, [761, 446, 344, 64, 0, 423, 1327, 79, 132, 520, 0]),
+        ("test", 499, [1505, 526, 452, 18, 26, 78, 1118, 35, 0, 338, 0]),
+    ):
         found = np.bincount(street.scene(split, index)[1].ravel(), minlength=11)
         assert np.abs(found - counts).max() <= 15
 
@@ -69,7 +96,9 @@ def test_size_changes_the_resolution_only(scenes):
     assert (label[::2, ::2] == scenes["train"][0][1]).mean() > 0.9
 
 
-@pytest.mark.parametrize("split, index", [("training", 0), ("train", 1000), ("val", 300), ("test", -1)])
+@pytest.mark.parametrize(
+    "split, index", [("training", 0), ("train", 1000), ("val", 300), ("test", -1)]
+)
 def test_what_does_not_exist_is_refused(split, index):
     with pytest.raises(ValueError, match="street") as error:
         street.scene(split, index)

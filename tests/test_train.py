@@ -1,4 +1,5 @@
 """Short real runs of both scripts through the command line."""
+
 import json
 import shlex
 import subprocess
@@ -6,32 +7,73 @@ import sys
 
 import pytest
 import torch
-from cli import ROOT, SMALL, check, run_many, run_script
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run
 import trees
+from cli import ROOT, SMALL, check, run_many, run_script
 
 SHORT = ["--iterations", "4", "--val-interval", "2", "--log-interval", "2"]
 
 
 def test_the_main_job_in_short(tmp_path):
     """train_semi.py --reco through accelerate launch, on the embedded data, without --out-dir."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-               "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", str(ROOT / "train_semi.py"), "--reco", *SHORT]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        "1",
+        str(ROOT / "train_semi.py"),
+        "--reco",
+        *SHORT,
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "runs" / "street-classmix-reco-20-seed0"
-    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "config.json", "checkpoint", "labeled.txt", "tensorboard", "history.json"}
-    assert "20 labelled + 980 unlabelled" in done.stdout and "best validation mIoU" in done.stdout and "python predict.py" in done.stdout
+    assert {p.name for p in folder.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "checkpoint",
+        "labeled.txt",
+        "tensorboard",
+        "history.json",
+    }
+    assert (
+        "20 labelled + 980 unlabelled" in done.stdout
+        and "best validation mIoU" in done.stdout
+        and "python predict.py" in done.stdout
+    )
     assert len((folder / "labeled.txt").read_text().split()) == 20
     config = json.loads((folder / "config.json").read_text())
-    assert config["arguments"]["seed"] == 0 and len(config["classes"]) == len(config["palette"]) == 11
+    assert (
+        config["arguments"]["seed"] == 0 and len(config["classes"]) == len(config["palette"]) == 11
+    )
     assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["step"] == 4
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
-    assert {"loss/total", "loss/supervised", "loss/unsupervised", "loss/reco", "learning rate", "images per second", "teacher/eta", "reco/classes",
-            "validation/teacher miou", "validation/student miou", "validation/teacher boundary_iou"} <= set(events.Tags()["scalars"])
+    assert {
+        "loss/total",
+        "loss/supervised",
+        "loss/unsupervised",
+        "loss/reco",
+        "learning rate",
+        "images per second",
+        "teacher/eta",
+        "reco/classes",
+        "validation/teacher miou",
+        "validation/student miou",
+        "validation/teacher boundary_iou",
+    } <= set(events.Tags()["scalars"])
     assert any(tag.startswith("training: image") for tag in events.Tags()["images"])
     assert any(tag.startswith("class relation") for tag in events.Tags()["images"])
     for word in ("Warning", "warn"):
@@ -39,7 +81,11 @@ def test_the_main_job_in_short(tmp_path):
     # the default folder gets a number when it is taken
     for _ in range(2):
         check("train_supervised.py", "--iterations", "1", "--num-labeled", "5", cwd=tmp_path)
-    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"street-classmix-reco-20-seed0", "street-supervised-5-seed0", "street-supervised-5-seed0-2"}
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {
+        "street-classmix-reco-20-seed0",
+        "street-supervised-5-seed0",
+        "street-supervised-5-seed0-2",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +107,26 @@ def test_published_command_lines(cityscapes, tmp_path):
     """As written, but for a small network and two steps."""
     commands = []
     for i, line in enumerate(SPECIFIED):
-        words = [str(cityscapes) if word == "dataset/cityscapes" else word for word in shlex.split(line)]
-        commands.append([*words, *SMALL, "--iterations", "2", "--log-interval", "1", "--log-with", "none", "--out-dir", tmp_path / f"run{i}"])
-    for i, (line, (status, out, err)) in enumerate(zip(SPECIFIED, run_many(commands, XDG_CACHE_HOME=str(tmp_path / "cache")))):
+        words = [
+            str(cityscapes) if word == "dataset/cityscapes" else word for word in shlex.split(line)
+        ]
+        commands.append(
+            [
+                *words,
+                *SMALL,
+                "--iterations",
+                "2",
+                "--log-interval",
+                "1",
+                "--log-with",
+                "none",
+                "--out-dir",
+                tmp_path / f"run{i}",
+            ]
+        )
+    for i, (line, (status, out, err)) in enumerate(
+        zip(SPECIFIED, run_many(commands, XDG_CACHE_HOME=str(tmp_path / "cache")))
+    ):
         assert status == 0, (line, err)
         assert "19 classes" in out and "best validation mIoU" in out
         names = (tmp_path / f"run{i}" / "labeled.txt").read_text().split()
@@ -88,10 +151,29 @@ def test_every_data_set_and_option(tmp_path):
         tree = getattr(trees, words[1])(tmp_path / f"data{i}")
         small = SMALL[:3] + SMALL[-4:] if "street" in words else SMALL
         if "deeplabv3plus" in words and "--rep-dim" in small:  # has no meaning there
-            small = small[:small.index("--rep-dim")] + small[small.index("--rep-dim") + 2:]
-        commands.append([script, *words, "--data-path", tree, *small, "--batch-size", "2", "--iterations", "2", "--val-interval", "1", "--log-with", "none",
-                         "--out-dir", tmp_path / f"run{i}"])
-    for i, (line, (status, out, err)) in enumerate(zip(EVERYTHING, run_many(commands, XDG_CACHE_HOME=str(tmp_path / "home")))):
+            small = small[: small.index("--rep-dim")] + small[small.index("--rep-dim") + 2 :]
+        commands.append(
+            [
+                script,
+                *words,
+                "--data-path",
+                tree,
+                *small,
+                "--batch-size",
+                "2",
+                "--iterations",
+                "2",
+                "--val-interval",
+                "1",
+                "--log-with",
+                "none",
+                "--out-dir",
+                tmp_path / f"run{i}",
+            ]
+        )
+    for i, (line, (status, out, err)) in enumerate(
+        zip(EVERYTHING, run_many(commands, XDG_CACHE_HOME=str(tmp_path / "home")))
+    ):
         assert status == 0, (line, err)
         assert load_file(tmp_path / f"run{i}" / "model.safetensors")
         assert len(json.loads((tmp_path / f"run{i}" / "history.json").read_text())) == 2
@@ -100,46 +182,153 @@ def test_every_data_set_and_option(tmp_path):
 
 def test_sparse_masks_switch_partial_labels_on(tmp_path):
     tree = trees.folder(tmp_path / "data", painted=0.2)
-    out = check("train_semi.py", "--dataset", "folder", "--data-path", tree, *SMALL, "--reco", "--batch-size", "2", "--iterations", "2", "--log-with", "none",
-                "--out-dir", tmp_path / "run", XDG_CACHE_HOME=str(tmp_path))
+    out = check(
+        "train_semi.py",
+        "--dataset",
+        "folder",
+        "--data-path",
+        tree,
+        *SMALL,
+        "--reco",
+        "--batch-size",
+        "2",
+        "--iterations",
+        "2",
+        "--log-with",
+        "none",
+        "--out-dir",
+        tmp_path / "run",
+        XDG_CACHE_HOME=str(tmp_path),
+    )
     assert "sparse masks" in out
 
 
 def test_going_on_from_a_run(tmp_path):
     """--init-from: a tenth of the rate by default, and the weights stay the run's model until others are better."""
     tree = trees.folder(tmp_path / "data", train=4, val=2, unlabelled=4)
-    common = ["--dataset", "folder", "--data-path", tree, "--crop-size", "48", "--num-workers", "0", "--log-with", "none"]
-    check("train_supervised.py", *common, *SMALL, "--lr", "0.1", "--iterations", "20", "--val-interval", "20", "--out-dir", tmp_path / "first", XDG_CACHE_HOME=str(tmp_path))
+    common = [
+        "--dataset",
+        "folder",
+        "--data-path",
+        tree,
+        "--crop-size",
+        "48",
+        "--num-workers",
+        "0",
+        "--log-with",
+        "none",
+    ]
+    check(
+        "train_supervised.py",
+        *common,
+        *SMALL,
+        "--lr",
+        "0.1",
+        "--iterations",
+        "20",
+        "--val-interval",
+        "20",
+        "--out-dir",
+        tmp_path / "first",
+        XDG_CACHE_HOME=str(tmp_path),
+    )
     first = load_file(tmp_path / "first" / "model.safetensors")
     for script in ("train_supervised.py", "train_semi.py"):  # a rate that ruins everything
-        check(script, *common, "--init-from", tmp_path / "first", "--lr", "9", "--iterations", "1", "--out-dir", tmp_path / script, XDG_CACHE_HOME=str(tmp_path))
-        second, history = load_file(tmp_path / script / "model.safetensors"), json.loads((tmp_path / script / "history.json").read_text())
-        assert [entry["step"] for entry in history] == [0, 1] and history[0]["miou"] > history[1]["miou"]
+        check(
+            script,
+            *common,
+            "--init-from",
+            tmp_path / "first",
+            "--lr",
+            "9",
+            "--iterations",
+            "1",
+            "--out-dir",
+            tmp_path / script,
+            XDG_CACHE_HOME=str(tmp_path),
+        )
+        second, history = (
+            load_file(tmp_path / script / "model.safetensors"),
+            json.loads((tmp_path / script / "history.json").read_text()),
+        )
+        assert [entry["step"] for entry in history] == [0, 1] and history[0]["miou"] > history[1][
+            "miou"
+        ]
         assert all(torch.equal(first[key], second[key]) for key in first)
-    assert run.parse(run.training_parser("", semi=True), True, ["--init-from", str(tmp_path / "first")]).lr == pytest.approx(run.RECIPES["street"]["lr"] / 10)
+    assert run.parse(
+        run.training_parser("", semi=True), True, ["--init-from", str(tmp_path / "first")]
+    ).lr == pytest.approx(run.RECIPES["street"]["lr"] / 10)
     config = json.loads((tmp_path / "first" / "config.json").read_text())
     config["arguments"]["recipe"] = "street"
     (tmp_path / "first" / "config.json").write_text(json.dumps(config))
-    args = run.parse(run.training_parser("", semi=True), True, ["--dataset", "folder", "--data-path", str(tree), "--init-from", str(tmp_path / "first")])
-    assert args.crop_size == [64, 64] and args.scale == [0.8, 1.25] and args.channels == 16  # the recipe of the run, the network too
+    args = run.parse(
+        run.training_parser("", semi=True),
+        True,
+        ["--dataset", "folder", "--data-path", str(tree), "--init-from", str(tmp_path / "first")],
+    )
+    assert (
+        args.crop_size == [64, 64] and args.scale == [0.8, 1.25] and args.channels == 16
+    )  # the recipe of the run, the network too
 
 
-@pytest.mark.parametrize("script, options", [("train_supervised.py", []), ("train_semi.py", []), ("train_semi.py", ["--joint-forward"])])
+@pytest.mark.parametrize(
+    "script, options",
+    [("train_supervised.py", []), ("train_semi.py", []), ("train_semi.py", ["--joint-forward"])],
+)
 def test_two_processes(script, options, tmp_path):
     tree = trees.folder(tmp_path / "data", val=3)
-    out = check(script, *options, "--reco", "--dataset", "folder", "--data-path", tree, *SMALL[:-1], "1", "--iterations", "3", "--val-interval", "3", "--batch-size", "2",
-                "--out-dir", tmp_path / "run", processes=2, XDG_CACHE_HOME=str(tmp_path))
-    assert "cpu x 2" in out and "global batch 4" in out and out.count("best validation mIoU") == 1  # the other process is quiet
+    out = check(
+        script,
+        *options,
+        "--reco",
+        "--dataset",
+        "folder",
+        "--data-path",
+        tree,
+        *SMALL[:-1],
+        "1",
+        "--iterations",
+        "3",
+        "--val-interval",
+        "3",
+        "--batch-size",
+        "2",
+        "--out-dir",
+        tmp_path / "run",
+        processes=2,
+        XDG_CACHE_HOME=str(tmp_path),
+    )
+    assert (
+        "cpu x 2" in out and "global batch 4" in out and out.count("best validation mIoU") == 1
+    )  # the other process is quiet
     assert json.loads((tmp_path / "run" / "config.json").read_text())["arguments"]["processes"] == 2
-    confusion = torch.tensor(json.loads((tmp_path / "run" / "history.json").read_text())[-1]["confusion"])
+    confusion = torch.tensor(
+        json.loads((tmp_path / "run" / "history.json").read_text())[-1]["confusion"]
+    )
     assert confusion.sum() == 3 * 48 * 64  # every validation pixel once
 
 
 def test_same_command_same_weights(tmp_path):
     tree = trees.folder(tmp_path / "data")
     for name, workers in (("a", "0"), ("b", "2")):  # real processes: each has its own hash seed
-        done = run_script("train_semi.py", "--reco", "--dataset", "folder", "--data-path", tree, *SMALL[:-1], workers, *SHORT, "--batch-size", "4", "--log-with", "none",
-                          "--out-dir", tmp_path / name, XDG_CACHE_HOME=str(tmp_path))
+        done = run_script(
+            "train_semi.py",
+            "--reco",
+            "--dataset",
+            "folder",
+            "--data-path",
+            tree,
+            *SMALL[:-1],
+            workers,
+            *SHORT,
+            "--batch-size",
+            "4",
+            "--log-with",
+            "none",
+            "--out-dir",
+            tmp_path / name,
+            XDG_CACHE_HOME=str(tmp_path),
+        )
         assert done.returncode == 0, done.stderr
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -149,22 +338,72 @@ def test_a_network_learns(tmp_path):
     """Both scripts fit three easy classes within seconds."""
     tree = trees.folder(tmp_path / "data", train=6, val=4, unlabelled=6)
     for script, options in (("train_supervised.py", []), ("train_semi.py", ["--reco"])):
-        check(script, *options, "--dataset", "folder", "--data-path", tree, "--recipe", "street", "--crop-size", "48", "--iterations", "60", "--batch-size", "4", "--lr", "0.1",
-              "--val-interval", "60", "--log-with", "none", "--out-dir", tmp_path / script, XDG_CACHE_HOME=str(tmp_path))
+        check(
+            script,
+            *options,
+            "--dataset",
+            "folder",
+            "--data-path",
+            tree,
+            "--recipe",
+            "street",
+            "--crop-size",
+            "48",
+            "--iterations",
+            "60",
+            "--batch-size",
+            "4",
+            "--lr",
+            "0.1",
+            "--val-interval",
+            "60",
+            "--log-with",
+            "none",
+            "--out-dir",
+            tmp_path / script,
+            XDG_CACHE_HOME=str(tmp_path),
+        )
         assert json.loads((tmp_path / script / "history.json").read_text())[-1]["miou"] > 0.5
 
 
 def test_partial_labels_of_the_streets_are_on_every_image(tmp_path):
     """A label ratio must not meet the default number of labelled scenes."""
     words = ["--iterations", "1", "--batch-size", "2", "--log-with", "none"]
-    (status, out, err), = run_many([["train_semi.py", "--reco", "--reco-random-queries", "--reco-random-keys", "--label-ratio", "p0", *words, "--out-dir", tmp_path / "run"]])
+    ((status, out, err),) = run_many(
+        [
+            [
+                "train_semi.py",
+                "--reco",
+                "--reco-random-queries",
+                "--reco-random-keys",
+                "--label-ratio",
+                "p0",
+                *words,
+                "--out-dir",
+                tmp_path / "run",
+            ]
+        ]
+    )
     assert status == 0, err
     assert "1000 labelled with p0 partial labels + 1000 unlabelled" in out
 
 
 def test_independent_sampling_of_several_processes_is_refused(tmp_path):
-    done = run_script("train_semi.py", "--reco", "--reco-sampling", "independent", "--iterations", "1", "--out-dir", tmp_path / "run", processes=2)
-    assert done.returncode != 0 and done.stderr.count("--reco-sampling independent runs on one process only") == 1
+    done = run_script(
+        "train_semi.py",
+        "--reco",
+        "--reco-sampling",
+        "independent",
+        "--iterations",
+        "1",
+        "--out-dir",
+        tmp_path / "run",
+        processes=2,
+    )
+    assert (
+        done.returncode != 0
+        and done.stderr.count("--reco-sampling independent runs on one process only") == 1
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -178,14 +417,35 @@ def test_a_skipped_step_leaves_the_teacher_alone():
     import run
     import train_semi
     from models import DeepLabV3Plus, MeanTeacher
+
     parser = run.training_parser(None, True)
     parser.prog = "train_semi.py"
     args = run.parse(parser, True, ["--reco", "--crop-size", "32"])
     model = DeepLabV3Plus(3, "test_resnet", rep_dim=8, pretrained=False, channels=8, low_channels=8)
     teacher, optimizer = MeanTeacher(model), torch.optim.SGD(model.parameters(), lr=0.1)
-    batch = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)
+    batch = (
+        torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8),
+        torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8),
+    )
     for skipped, steps in ((True, 0), (False, 1)):
-        accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext, reduce=lambda x, how: x, backward=lambda loss: loss.backward(),
-                                      optimizer_step_was_skipped=skipped)
-        parts, shown = train_semi.train_step(0, batch, batch, model, model, teacher, optimizer, accelerator, args, False, np.random.default_rng(0))
+        accelerator = SimpleNamespace(
+            device=torch.device("cpu"),
+            autocast=contextlib.nullcontext,
+            reduce=lambda x, how: x,
+            backward=lambda loss: loss.backward(),
+            optimizer_step_was_skipped=skipped,
+        )
+        parts, shown = train_semi.train_step(
+            0,
+            batch,
+            batch,
+            model,
+            model,
+            teacher,
+            optimizer,
+            accelerator,
+            args,
+            False,
+            np.random.default_rng(0),
+        )
         assert teacher.step == steps and torch.isfinite(parts["loss/total"])

@@ -3,13 +3,34 @@
 Sizes are (height, width). Every scene is a few upright stripes and a box, each of one class, and a class has the same colour in every
 image, so a network can learn it. All of it is a function of the arguments.
 """
+
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 CITIES = ("aachen", "jena", "zurich")
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # the others of 0-33 are void
+CITYSCAPES_IDS = (
+    7,
+    8,
+    11,
+    12,
+    13,
+    17,
+    19,
+    20,
+    21,
+    22,
+    23,
+    24,
+    25,
+    26,
+    27,
+    28,
+    31,
+    32,
+    33,
+)  # the others of 0-33 are void
 
 
 def voc_palette() -> list[int]:
@@ -34,7 +55,7 @@ def scene(size: tuple[int, int], values: list[int], rng: np.random.Generator) ->
     order = rng.permutation(np.asarray(values, np.uint8))
     label = np.repeat(order[np.arange(width) * len(order) // width][None], height, axis=0)
     y, x = rng.integers(max(1, height // 2)), rng.integers(max(1, width // 2))
-    label[y:y + height // 4 + 1, x:x + width // 4 + 1] = values[0]
+    label[y : y + height // 4 + 1, x : x + width // 4 + 1] = values[0]
     return label
 
 
@@ -47,7 +68,14 @@ def save(path: Path, array: np.ndarray, palette: list[int] | None = None, **opti
     return path
 
 
-def cityscapes(root: Path, train: int = 4, val: int = 2, size: tuple[int, int] = (64, 128), classes: int = 19, seed: int = 0) -> Path:
+def cityscapes(
+    root: Path,
+    train: int = 4,
+    val: int = 2,
+    size: tuple[int, int] = (64, 128),
+    classes: int = 19,
+    seed: int = 0,
+) -> Path:
     """leftImg8bit and gtFine as extracted. Grey label PNGs of the 34 ids: each image holds some void ids and 12 or more of the first
     `classes` classes (all of them when there are fewer)."""
     rng = np.random.default_rng([seed, 1])
@@ -55,55 +83,94 @@ def cityscapes(root: Path, train: int = 4, val: int = 2, size: tuple[int, int] =
         for i in range(number):
             city = CITIES[i % len(CITIES)]
             stem = f"{city}_{i:06d}_000019"
-            chosen = rng.permutation(CITYSCAPES_IDS[:classes])[:max(12, classes - i % 3)].tolist()
+            chosen = rng.permutation(CITYSCAPES_IDS[:classes])[: max(12, classes - i % 3)].tolist()
             label = scene(size, chosen, rng)
-            label[-max(1, size[0] // 8):] = 1                        # ego vehicle
-            label[:max(1, size[0] // 16), :max(1, size[1] // 4)] = 4  # static
+            label[-max(1, size[0] // 8) :] = 1  # ego vehicle
+            label[: max(1, size[0] // 16), : max(1, size[1] // 4)] = 4  # static
             save(root / "leftImg8bit" / part / city / f"{stem}_leftImg8bit.png", colour(label, rng))
             save(root / "gtFine" / part / city / f"{stem}_gtFine_labelIds.png", label)
-            save(root / "gtFine" / part / city / f"{stem}_gtFine_instanceIds.png", label.astype(np.uint16))  # lies beside it, is not read
+            save(
+                root / "gtFine" / part / city / f"{stem}_gtFine_instanceIds.png",
+                label.astype(np.uint16),
+            )  # lies beside it, is not read
     return root
 
 
-def pascal(root: Path, train: int = 4, val: int = 2, size: tuple[int, int] = (50, 60), augmented: bool = True, extra: int = 2, classes: int = 21,
-           seed: int = 0) -> Path:
+def pascal(
+    root: Path,
+    train: int = 4,
+    val: int = 2,
+    size: tuple[int, int] = (50, 60),
+    augmented: bool = True,
+    extra: int = 2,
+    classes: int = 21,
+    seed: int = 0,
+) -> Path:
     """JPEGImages, ImageSets/Segmentation and SegmentationClass (palette PNGs, 255 along the borders of objects) of `train` and `val` images;
     with `augmented` also SegmentationClassAug (grey PNGs), which covers those and `extra` training images more. Others lie about unlisted."""
     rng = np.random.default_rng([seed, 2])
     names = [f"2007_{i:06d}" for i in range(train + val + extra + 1)]
-    parts = {"train": names[:train], "val": names[train:train + val]}
+    parts = {"train": names[:train], "val": names[train : train + val]}
     for i, name in enumerate(names):
-        label = scene(size, [0, *(1 + (i * 3 + k) % (classes - 1) for k in range(min(3, classes - 1)))], rng)
+        label = scene(
+            size, [0, *(1 + (i * 3 + k) % (classes - 1) for k in range(min(3, classes - 1)))], rng
+        )
         save(root / "JPEGImages" / f"{name}.jpg", colour(label, rng), quality=95)
         edge = np.zeros(size, bool)
         edge[:, 1:] = label[:, 1:] != label[:, :-1]
         edge[1:] |= label[1:] != label[:-1]
         if i < train + val:
-            save(root / "SegmentationClass" / f"{name}.png", np.where(edge, 255, label).astype(np.uint8), voc_palette())
+            save(
+                root / "SegmentationClass" / f"{name}.png",
+                np.where(edge, 255, label).astype(np.uint8),
+                voc_palette(),
+            )
         if augmented and i < train + val + extra:
-            save(root / "SegmentationClassAug" / f"{name}.png", np.where(edge, 255, label).astype(np.uint8))
+            save(
+                root / "SegmentationClassAug" / f"{name}.png",
+                np.where(edge, 255, label).astype(np.uint8),
+            )
     lists = root / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
     for part, stems in parts.items():
         (lists / f"{part}.txt").write_text("".join(f"{stem}\n" for stem in stems))
-    (lists / "trainval.txt").write_text("".join(f"{stem}\n" for stem in names[:train + val]))
+    (lists / "trainval.txt").write_text("".join(f"{stem}\n" for stem in names[: train + val]))
     return root
 
 
-def sun(root: Path, train: int = 4, test: int = 2, size: tuple[int, int] = (53, 73), offset: int = 5050, seed: int = 0) -> Path:
+def sun(
+    root: Path,
+    train: int = 4,
+    test: int = 2,
+    size: tuple[int, int] = (53, 73),
+    offset: int = 5050,
+    seed: int = 0,
+) -> Path:
     """The images are numbered from 1 in both folders; the label of training image n is number n + 5050, that of a test image has
     its number. Grey label PNGs, 0 = void, 1-37 the classes."""
     rng = np.random.default_rng([seed, 3])
     for part, number, shift in (("train", train, offset), ("test", test, 0)):
         for i in range(1, number + 1):
             label = scene(size, [0, *(1 + rng.permutation(37)[:5])], rng)
-            save(root / f"SUNRGBD-{part}_images" / f"img-{i:06d}.jpg", colour(label, rng), quality=95)
+            save(
+                root / f"SUNRGBD-{part}_images" / f"img-{i:06d}.jpg", colour(label, rng), quality=95
+            )
             save(root / "sunrgbd_train_test_labels" / f"img-{i + shift:06d}.png", label)
     return root
 
 
-def folder(root: Path, train: int = 4, val: int = 2, unlabelled: int = 2, size: tuple[int, int] = (48, 64), classes: int = 3, palette: bool = True,
-           painted: float = 1.0, suffix: str = ".png", seed: int = 0) -> Path:
+def folder(
+    root: Path,
+    train: int = 4,
+    val: int = 2,
+    unlabelled: int = 2,
+    size: tuple[int, int] = (48, 64),
+    classes: int = 3,
+    palette: bool = True,
+    painted: float = 1.0,
+    suffix: str = ".png",
+    seed: int = 0,
+) -> Path:
     """A user's own data: `train` labelled and `unlabelled` bare training images, `val` validation images, classes.txt. Labels are palette or index
     PNGs; of a training label only the upper share `painted` is painted, the rest is 255."""
     rng = np.random.default_rng([seed, 4])
@@ -113,8 +180,12 @@ def folder(root: Path, train: int = 4, val: int = 2, unlabelled: int = 2, size: 
             label = scene(size, list(range(classes)), rng)
             save(root / "images" / part / f"{part}_{i:03d}{suffix}", colour(label, rng))
             if part == "train" and painted < 1:
-                label[max(1, round(size[0] * painted)):] = 255
+                label[max(1, round(size[0] * painted)) :] = 255
             if i < number:
-                save(root / "labels" / part / f"{part}_{i:03d}.png", label, voc_palette() if palette else None)
+                save(
+                    root / "labels" / part / f"{part}_{i:03d}.png",
+                    label,
+                    voc_palette() if palette else None,
+                )
     (root / "classes.txt").write_text("".join(f"thing {i}\n" for i in range(classes)))
     return root
