@@ -1,14 +1,16 @@
 """Time a real training step by part, with and without ReCo, and the loss alone, on synthetic images.
 
-    python bench.py                                             # street on whatever is there
-    python bench.py --dataset cityscapes --steps 20             # the paper's size: ResNet-101, 2 + 2 crops of 512x512
+    python bench.py                                   # street on whatever is there
+    python bench.py --dataset cityscapes --steps 20   # ResNet-101, 2 + 2 crops of 512x512
     python bench.py --script train_supervised.py --dataset pascal --backbone resnet50
-    accelerate launch --mixed_precision bf16 bench.py --dataset cityscapes --compile --json bench.json
-    python bench.py --loss-only                                 # the ReCo loss at the sizes of the three data sets
+    accelerate launch --mixed_precision bf16 bench.py --dataset cityscapes --compile
+    python bench.py --loss-only                       # the loss alone, and how its cost grows
 
-Options it does not know itself are those of the training script. Random weights; every other number is that of the run.
+Options it does not know itself are those of the training script. Random weights; every other number
+is that of the run.
 """
 
+import argparse
 import json
 import resource
 import statistics
@@ -17,13 +19,17 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
-import data
 import run
 import train_semi
 import train_supervised
+from data import Source
+from files import write
 from models import MeanTeacher
+from options import new_parser, positive
+from processes import launch
 from reco import reco_loss
 
 PARTS = [
@@ -35,18 +41,30 @@ PARTS = [
     "backward",
     "optimiser + EMA",
 ]
-CLASSES = {"street": 11, "cityscapes": 19, "pascal": 21, "sun": 37, "folder": 3}
-LOSS_SIZES = {
-    "cityscapes": (4, 128, 128),
-    "pascal": (20, 81, 81),
-    "sun": (10, 81, 81),
-}  # images, h, w
+CLASSES = {"street": 11, "camvid": 11, "cityscapes": 19, "pascal": 21, "sun": 37, "folder": 3}
+SCRIPTS = {"train_semi.py": train_semi, "train_supervised.py": train_supervised}
+
+# What the loss is timed on: name, shape of rep [B, D, h, w], classes. The data sets at the paper's
+# sizes, then the Cityscapes size with one number changed at a time.
+LOSS_SIZES = [
+    ("Cityscapes", (4, 256, 128, 128), 19),
+    ("Pascal", (20, 256, 81, 81), 21),
+    ("SUN RGB-D", (10, 256, 81, 81), 37),
+]
+GROWTH_SIZES = [
+    ("37 classes", (4, 256, 128, 128), 37),
+    ("81 classes", (4, 256, 128, 128), 81),
+    ("150 classes", (4, 256, 128, 128), 150),
+    ("a quarter of the pixels", (1, 256, 128, 128), 19),
+    ("4 times the pixels", (4, 256, 256, 256), 19),
+    ("64 channels", (4, 64, 128, 128), 19),
+]
 
 
 class Clock:
     """Time since the last mark, once the device has done its work."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device):
         self.device, self.parts = device, defaultdict(float)
         self.restart()
 
@@ -65,76 +83,59 @@ class Clock:
         self.last = now
 
 
-def blocks(batch: int, size, classes: int) -> torch.Tensor:
+def random_rectangles(batch: int, size, classes: int) -> torch.Tensor:
     """Label maps of rectangles of random classes, int64 [B, H, W]."""
     coarse = torch.randint(classes, (batch, 1, 8, 8)).float()
-    return torch.nn.functional.interpolate(coarse, size=tuple(size), mode="nearest")[:, 0].long()
+    return F.interpolate(coarse, size=tuple(size), mode="nearest")[:, 0].long()
 
 
-def peak_memory(device) -> float:
-    """MB: what tensors took on the GPU since the last reset, or, on a CPU, the most the process has taken so far."""
-    return (
-        torch.cuda.max_memory_allocated(device) / 2**20
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )
+def random_batch(args, classes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images uint8 [B, 3, h, w] in which a class has a colour, and labels uint8 [B, h, w]."""
+    label = random_rectangles(args.batch_size, args.crop_size, classes)
+    noise = torch.randint(0, 50, (args.batch_size, 3, *args.crop_size))
+    images, label = (label[:, None] * 200 // classes + noise).byte(), label.byte()
+    return (images.pin_memory(), label.pin_memory()) if device.type == "cuda" else (images, label)
 
 
-def time_steps(args, accelerator, semi: bool, steps: int) -> dict:
+def peak_memory(device: torch.device) -> float:
+    """MB: what tensors took on the GPU since the last reset, or, on a CPU, the most the process
+    has taken so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# ------------------------------------------------------------------------------------- the step
+def time_steps(args, accelerator, steps: int) -> dict:
     """Median seconds of each part of the step over `steps` steps, after three to warm up."""
     classes, device = CLASSES[args.dataset], accelerator.device
-    source = data.Source(args.dataset, [str(i) for i in range(classes)], [], [], [])
-    model, _ = run.new_model(args, source)
-    model = run.to_device(model, accelerator)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    names = [str(i) for i in range(classes)]
+    source = Source(args.dataset, names, [(i, i, i) for i in range(classes)], [], [])
+    model, _ = run.new_model(args, source, accelerator)
+    optimizer = run.new_optimizer(args, model)
     teacher = MeanTeacher(model, compiled=args.compile)
     student, optimizer = accelerator.prepare(model, optimizer)
     student.train()
     clock, times = Clock(device), []
+    common = dict(accelerator=accelerator, args=args, mark=clock.mark)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    def batch():
-        labels = blocks(args.batch_size, args.crop_size, classes)
-        images = (
-            labels[:, None] * 200 // classes
-            + torch.randint(0, 50, (args.batch_size, 3, *args.crop_size))
-        ).byte()
-        return (
-            (images.pin_memory(), labels.byte().pin_memory())
-            if device.type == "cuda"
-            else (images, labels.byte())
-        )
-
-    for step in tqdm(
-        range(steps + 3), desc=f"{args.method}, {args.dataset}", unit="step", leave=False
-    ):
-        batches, rng = [batch(), batch()], run.seed_step(args.seed, step, 0)
+    progress = tqdm(range(steps + 3), f"{args.method}, {args.dataset}", unit="step", leave=False)
+    for step in progress:
+        batches = [random_batch(args, classes, device) for _ in range(2)]
+        rng = run.seed_step(args.seed, step, 0)
         clock.restart()
-        if semi:
-            train_semi.train_step(
-                step,
-                *batches,
-                student,
-                model,
-                teacher,
-                optimizer,
-                accelerator,
-                args,
-                False,
-                rng,
-                clock.mark,
-            )
+        if args.script == "train_semi.py":
+            train_semi.train_step(*batches, student, teacher, optimizer, rng=rng, **common)
         else:
-            train_supervised.train_step(
-                batches[0], student, optimizer, accelerator, args, rng, clock.mark
-            )
+            train_supervised.train_step(batches[0], student, optimizer, rng=rng, **common)
         times.append(dict(clock.parts))
-    parts = {part: statistics.median(t.get(part, 0.0) for t in times[3:]) for part in PARTS}
-    total = statistics.median(sum(t.values()) for t in times[3:])
-    images = args.batch_size * (2 if semi else 1) * accelerator.num_processes
+    timed = times[3:]
+    parts = {part: statistics.median(t.get(part, 0.0) for t in timed) for part in PARTS}
+    total = statistics.median(sum(t.values()) for t in timed)
+    per_process = args.batch_size * (2 if args.script == "train_semi.py" else 1)
+    images = per_process * accelerator.num_processes
     accelerator.free_memory()
     return {
         "method": args.method,
@@ -150,14 +151,21 @@ def time_steps(args, accelerator, semi: bool, steps: int) -> dict:
     }
 
 
-def time_loss(dataset: str, device, steps: int) -> dict:
-    """Median seconds of the ReCo loss, forward and backward, 256 queries and 512 negatives, representation of 256 channels."""
+# ------------------------------------------------------------------------------- the loss alone
+def loss_inputs(shape, classes: int, device) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
-    (batch, h, w), classes = LOSS_SIZES[dataset], CLASSES[dataset]
-    rep = torch.randn(batch, 256, h, w, device=device, requires_grad=True)
-    label = blocks(batch, (h, w), classes).to(device)
+    batch, _, h, w = shape
+    rep = torch.randn(shape, device=device, requires_grad=True)
+    label = random_rectangles(batch, (h, w), classes).to(device)
     prob = torch.randn(batch, classes, h, w, device=device).softmax(dim=1)
-    valid, clock, times = torch.rand(batch, h, w, device=device) < 0.9, Clock(device), []
+    return rep, label, prob, torch.rand(batch, h, w, device=device) < 0.9
+
+
+def time_loss(name: str, shape, classes: int, device, steps: int) -> dict:
+    """Median seconds of the ReCo loss, forward and backward, with 256 queries and 512 negatives,
+    and the memory that it takes beside its inputs and their gradient."""
+    rep, label, prob, valid = loss_inputs(shape, classes, device)
+    clock, times = Clock(device), []
     for _ in range(steps + 2):
         rep.grad = None
         clock.restart()
@@ -165,83 +173,117 @@ def time_loss(dataset: str, device, steps: int) -> dict:
         clock.mark("loss")
         times.append(clock.parts["loss"])
     return {
-        "dataset": dataset,
-        "rep": [batch, 256, h, w],
+        "name": name,
+        "rep": list(shape),
         "classes": classes,
         "seconds": statistics.median(times[2:]),
+        "rep MB": rep.numel() * rep.element_size() / 2**20,
+        "extra MB": extra_memory(rep, label, prob, valid),
+        "exchanged MB": exchanged_bytes(shape[1], classes) / 2**20,
     }
+
+
+def extra_memory(rep, label, prob, valid) -> float:
+    """MB that loss and gradient take at most at a time, beyond inputs and the gradient of rep.
+
+    The allocations of one call as the profiler saw them, in order; on a GPU and on a CPU alike."""
+    rep.grad = None
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        reco_loss(rep, label, prob, valid).backward()
+    taken = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            taken += event.nbytes()
+            most = max(most, taken)
+    return (most - rep.numel() * rep.element_size()) / 2**20
+
+
+def exchanged_bytes(channels: int, classes: int, negatives: int = 512) -> int:
+    """What the processes of a run send each other for one loss (float32): sums and counts of the
+    classes, the draws of the keys, and the keys."""
+    return 4 * (classes * (channels + 2) + 2 * classes * negatives + classes * negatives * channels)
+
+
+# ------------------------------------------------------------------------------------ the script
+def print_steps(row: dict) -> None:
+    parts = "".join(f"{1000 * row['seconds'][part]:16.1f}" for part in PARTS)
+    print(
+        f"{row['dataset'] + ' ' + row['method']:24s}{parts}{1000 * row['step']:10.1f}"
+        f"{row['images per second']:10.1f}{row['peak memory MB']:9.0f}"
+        f"{100 * row['ReCo share']:6.1f}%",
+        flush=True,
+    )
+
+
+def print_loss(row: dict) -> None:
+    shape = "x".join(map(str, row["rep"]))
+    print(
+        f"{row['name']:24s}{shape:>20s}{row['classes']:9d}{1000 * row['seconds']:9.1f}"
+        f"{row['rep MB']:9.1f}{row['extra MB']:10.1f}{row['exchanged MB']:14.1f}",
+        flush=True,
+    )
+
+
+def parse_options() -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and the rest, which is the training script's."""
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--script", choices=list(SCRIPTS), default="train_semi.py", help="whose step is timed")
+    add("--steps", type=positive, default=10, help="timed steps, after three to warm up")
+    add(
+        "--loss-only",
+        action="store_true",
+        help="time the loss alone: at the sizes of the paper's data sets, and with more classes, "
+        "pixels and channels",
+    )
+    add("--json", metavar="FILE", help="write the figures there too")
+    return parser.parse_known_args()
 
 
 def main() -> None:
-    parser = run.Parser(description=__doc__, formatter_class=run.Formatter)
-    parser.add_argument(
-        "--script",
-        choices=["train_semi.py", "train_supervised.py"],
-        default="train_semi.py",
-        help="whose step is timed",
-    )
-    parser.add_argument(
-        "--steps", type=run.positive, default=10, help="timed steps, after three to warm up"
-    )
-    parser.add_argument(
-        "--loss-only",
-        action="store_true",
-        help="time the loss alone, at the sizes of Cityscapes, Pascal and SUN",
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    bench, rest = parser.parse_known_args()
-    semi = bench.script == "train_semi.py"
-    results = {
-        "device": None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "steps": [],
-        "loss": [],
-    }
+    own, rest = parse_options()
+    rest += ["--no-pretrained", "--log-with", "none"]
 
-    def options(extra: list[str]):
-        training = run.training_parser(None, semi)
-        training.prog = bench.script
-        args = run.parse(training, semi, [*rest, "--no-pretrained", "--log-with", "none", *extra])
-        args.warmup_iterations = 0
+    def training_options(*extra: str) -> argparse.Namespace:
+        args = SCRIPTS[own.script].parse_options([*rest, *extra])
+        args.warmup_iterations, args.partial = 0, False
         return args
 
-    args = options([])
+    args = training_options()
     accelerator = run.start_accelerator(args)
-    device, print = accelerator.device, accelerator.print  # the main process speaks
-    results["device"] = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
+    device, main_process = accelerator.device, accelerator.is_main_process
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    results = {"device": name, "torch": torch.__version__, "steps": [], "loss": []}
+    accelerator.print(
+        f"{name}, torch {torch.__version__}, precision {accelerator.mixed_precision}"
+        f"{', compiled' if args.compile else ''}"
     )
-    print(
-        f"{results['device']}, torch {torch.__version__}, precision {accelerator.mixed_precision}{', compiled' if args.compile else ''}"
+    if not own.loss_only:
+        columns = "".join(f"{part:>16s}" for part in [*PARTS])
+        head = f"{'ms':24s}{columns}{'step':>10s}{'images/s':>10s}{'peak MB':>9s}{'ReCo':>7s}"
+        accelerator.print(f"\n{head}")
+        with_reco = ["--reco"] if args.model == "reconet" and not args.reco else []
+        for extra in [[], with_reco] if with_reco else [[]]:
+            row = time_steps(training_options(*extra), accelerator, own.steps)
+            results["steps"].append(row)
+            if main_process:
+                print_steps(row)
+    accelerator.print(
+        f"\n{'the loss alone':24s}{'rep':>20s}{'classes':>9s}{'ms':>9s}{'rep MB':>9s}"
+        f"{'extra MB':>10s}{'exchanged MB':>14s}"
     )
-    if not bench.loss_only:
-        print(
-            f"\n{'ms':24s}"
-            + "".join(f"{part:>16s}" for part in PARTS)
-            + f"{'step':>10s}{'images/s':>10s}{'peak MB':>9s}{'ReCo':>7s}"
-        )
-        for extra in ([], ["--reco"] if args.model == "reconet" and not args.reco else []):
-            if extra or not results["steps"]:
-                row = time_steps(options(extra), accelerator, semi, bench.steps)
-                results["steps"].append(row)
-                print(
-                    f"{row['dataset'] + ' ' + row['method']:24s}"
-                    + "".join(f"{1000 * row['seconds'][part]:16.1f}" for part in PARTS)
-                    + f"{1000 * row['step']:10.1f}{row['images per second']:10.1f}{row['peak memory MB']:9.0f}{100 * row['ReCo share']:6.1f}%"
-                )
-    print(f"\n{'the loss alone':16s}{'rep':>20s}{'classes':>9s}{'ms':>9s}")
-    for dataset in LOSS_SIZES:
-        row = time_loss(dataset, device, bench.steps)
+    for size in LOSS_SIZES + (GROWTH_SIZES if own.loss_only else []):
+        row = time_loss(*size, device, own.steps)
         results["loss"].append(row)
-        print(
-            f"{dataset:16s}{'x'.join(map(str, row['rep'])):>20s}{row['classes']:9d}{1000 * row['seconds']:9.1f}"
-        )
-    if bench.json and accelerator.is_main_process:
-        run.write(Path(bench.json), lambda file: file.write(json.dumps(results, indent=1).encode()))
+        if main_process:
+            print_loss(row)
+    if own.json and main_process:
+        text = json.dumps(results, indent=1)
+        write(Path(own.json), lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    launch(main)

@@ -1,15 +1,18 @@
-"""Predict masks with a trained run: for every picture an index PNG in the run's palette, of the picture's own size, and an overlay.
+"""Predict masks with a trained run: for every picture an index PNG in the run's palette, of the
+picture's own size, and an overlay.
 
-python predict.py RUN photo.jpg holiday --out-dir predictions               # holiday/a/b.jpg -> predictions/a/b.png, a/b_overlay.png
-python predict.py RUN unlabelled --out-dir predictions --suggest 10         # ... and which ten to label next
-python predict.py RUN --onnx network.onnx                                   # RGB [B, 3, H, W] in 0 .. 1 -> logits [B, C, H, W]
-python predict.py --checkpoint published_reco.pth --dataset cityscapes street.png --out-dir predictions
+    python predict.py RUN photo.jpg holiday --out-dir predictions   # holiday/a/b.jpg -> a/b.png
+    python predict.py RUN unlabelled --out-dir predictions --suggest 10    # ... and what to label
+    python predict.py user/name photo.jpg --out-dir predictions     # a model on the hub
+    python predict.py RUN --onnx network.onnx      # RGB [B, 3, H, W] in 0 .. 1 -> logits
+    python predict.py --checkpoint published_reco.pth --dataset cityscapes street.png \
+        --out-dir predictions
 """
 
+import argparse
 import importlib.util
 import itertools
 import json
-import math
 import os
 import sys
 import warnings
@@ -22,187 +25,197 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
-import run
-from data import UserError, need
-from evaluate import predict_probabilities, tile_starts
-from models import upsample
+import models
+from errors import UserError, need
+from files import IMAGE_SUFFIXES, read_image, write
+from options import new_parser, number, positive, positive_float
+from processes import launch
+from published import CLASSES, load_published
+from transforms import upsample
 
 ENDINGS = (".png", "_overlay.png", "_confidence.png")
 
 
+def parse_options() -> argparse.Namespace:
+    parser = new_parser(__doc__, usage="predict.py [options] RUN IMAGE_OR_FOLDER ... --out-dir DIR")
+    add = parser.add_argument
+    add(
+        "paths",
+        nargs="*",
+        metavar="RUN IMAGE_OR_FOLDER",
+        help="a run's folder or user/name on the hub, then pictures and folders of pictures",
+    )
+    add("--out-dir", metavar="DIR", help="where the masks and overlays go")
+    add("--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run")
+    add("--dataset", choices=list(CLASSES), help="what the checkpoint was trained on")
+    add(
+        "--confidence",
+        action="store_true",
+        help="also write the probability of the predicted class as a grey PNG, 255 = 1",
+    )
+    add(
+        "--suggest",
+        type=positive,
+        metavar="N",
+        help="print the N pictures to label next, least certain first, those the run was trained "
+        "on with a label left out, and write them to DIR/suggest.txt; the score is the mean over "
+        "the pixels of 1 - the probability of the predicted class",
+    )
+    add("--flip", action="store_true", help="average with the mirrored picture")
+    add(
+        "--scales",
+        type=positive_float,
+        nargs="+",
+        default=[1.0],
+        metavar="S",
+        help="average over these scales",
+    )
+    add(
+        "--sliding-window",
+        action="store_true",
+        help="average over tiles of the training crop's size that overlap by a third",
+    )
+    add(
+        "--tile",
+        type=number(int, 32, 2**15, "a whole number from 32 on"),
+        default=1024,
+        metavar="N",
+        help="predict larger pictures in tiles of this side; smaller ones need less memory",
+    )
+    add(
+        "--onnx",
+        metavar="FILE",
+        help="export the network, with normalisation and upsampling, for any size",
+    )
+    args = parser.parse_intermixed_args()
+    args.run = None
+    if args.paths and not args.checkpoint:
+        args.run = args.paths.pop(0)
+    need(
+        args.checkpoint or not args.dataset, "--dataset goes with --checkpoint; a run knows its own"
+    )
+    model = args.run or args.checkpoint
+    need(model, "name a run's folder or --checkpoint FILE")
+    need(args.paths or args.onnx, f"name pictures or folders after {model}, or --onnx FILE")
+    need(args.out_dir or not args.paths, "--out-dir DIR is missing: where the masks go")
+    return args
+
+
+# --------------------------------------------------------------------------- pictures and outputs
 def find_pictures(paths: list[str], out_dir: Path) -> dict[Path, Path]:
-    """Every picture that `paths` name, folders walked, and where its output goes (a path without ending). Sub-folders are kept; no two
-    pictures share an output, and no picture is written over. Raises UserError for a path that leads to no picture."""
-    found, several = {}, sum(Path(p).is_dir() for p in paths) > 1
+    """Every picture that `paths` name, folders walked, and where its output goes (a path without
+    ending). Sub-folders are kept; no two pictures share an output, and no picture is written over.
+    Raises UserError for a path that leads to no picture."""
+    found: dict[Path, Path] = {}  # picture -> its name below out_dir
+    several = sum(Path(path).is_dir() for path in paths) > 1
     for path in map(Path, paths):
         if path.is_file():
-            found.setdefault(path.resolve(), (path, Path(path.name)))
+            found.setdefault(path.resolve(), Path(path.name))
             continue
         need(path.is_dir(), f"{path}: no such picture or folder")
-        root, out = path.resolve(), out_dir.resolve()
-        need(
-            root != out,
-            f"--out-dir {out_dir}: is the folder of the pictures; choose another, or the masks would be taken for pictures next time",
-        )
-        files = [
-            p
-            for p in sorted(path.rglob("*"))
-            if p.suffix.lower() in data.IMAGE_SUFFIXES
-            and p.is_file()
-            and not any(part.startswith(".") for part in p.relative_to(path).parts)
-            and not (root in out.parents and p.resolve().is_relative_to(out))
-        ]  # earlier predictions
-        need(
-            files,
-            f"{path}: holds no picture ({', '.join(data.IMAGE_SUFFIXES)}), nor do its sub-folders",
-        )
-        for p in files:
-            found.setdefault(
-                p.resolve(), (p, (Path(root.name) if several else Path()) / p.relative_to(path))
-            )
+        parent = Path(path.resolve().name) if several else Path()
+        for file in pictures_below(path, out_dir):
+            found.setdefault(file.resolve(), parent / file.relative_to(path))
     targets, taken = {}, set()
-    for picture, name in found.values():  # a.jpg -> a; beside it a.png -> a.png; then numbers
-        for stem in itertools.chain(
-            [name.with_suffix(""), name],
-            (name.with_name(f"{name.stem}-{i}") for i in itertools.count(2)),
-        ):
-            outputs = [f"{out_dir / stem}{ending}" for ending in ENDINGS]
-            if taken.isdisjoint(o.lower() for o in outputs):
-                break
-        taken.update(o.lower() for o in outputs)
-        targets[picture] = out_dir / stem
+    for picture, name in found.items():
+        stem = free_stem(name, out_dir, taken)
+        targets[picture] = stem
         need(
-            not any(Path(o).resolve() in found for o in outputs),
-            f"--out-dir {out_dir}: the mask of {picture} would be written over a picture; choose another",
+            not any(Path(f"{stem}{ending}").resolve() in found for ending in ENDINGS),
+            f"--out-dir {out_dir}: the mask of {picture} would be written over a picture; choose "
+            "another",
         )
     return targets
 
 
-def network_size(config: dict, height: int, width: int) -> tuple[int, int]:
-    """The size at which the network sees a picture: the resolution it was trained at, aspect kept. Cityscapes and SUN RGB-D are trained at one size:
-    the longer side is brought to theirs, up or down. A folder's images are at most --max-size on the longer side and Pascal's at most 500: larger
-    pictures are brought down. Street scenes have the scale of their pixels: a picture is taken as it is. A side has 32 pixels or more, so that
-    any backbone can halve it five times."""
-    dataset = config["arguments"]["dataset"]
-    fixed = {"cityscapes": 1024, "sun": 512}.get(dataset)
-    limit = {"pascal": 500, "folder": config["arguments"].get("max_size")}.get(dataset)
-    factor = (
-        fixed / max(height, width)
-        if fixed
-        else min(1.0, limit / max(height, width))
-        if limit
-        else 1.0
+def pictures_below(folder: Path, out_dir: Path) -> list[Path]:
+    """The pictures in a folder and its sub-folders, hidden ones and earlier predictions left
+    out."""
+    root, out = folder.resolve(), out_dir.resolve()
+    need(
+        root != out,
+        f"--out-dir {out_dir}: is the folder of the pictures; choose another, or the masks would "
+        "be taken for pictures next time",
     )
-    return max(32, round(height * factor)), max(32, round(width * factor))
-
-
-@torch.no_grad()
-def predict_picture(
-    model: nn.Module,
-    image: Tensor,
-    size: tuple[int, int],
-    tile: int = 1024,
-    device="cpu",
-    **options,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Class uint8 [H, W] and its probability float32 [H, W] of every pixel of a picture uint8 [3, H, W]. The network sees it at `size`, in
-    overlapping tiles where that is larger than a tile, and the probabilities are brought back to the picture's size a strip at a time: the memory
-    needed depends on the tile and hardly on the picture. `options` are those of predict_probabilities."""
-    small, (height, width) = data.resize_image(image, size), image.shape[-2:]
-    label, confidence = np.empty((height, width), np.uint8), np.empty((height, width), np.float32)
-    for (top, bottom, y), (left, right, x) in itertools.product(
-        tiles(size[0], height, tile), tiles(size[1], width, tile)
-    ):
-        if not y or not x:  # the picture is so much smaller than `size` that no pixel falls here
-            continue
-        prob = predict_probabilities(
-            model, data.to_float(small[None, :, top:bottom, left:right], device), **options
-        )[0]  # [C, h, w]
-        step = max(1, 2**23 // (len(prob) * len(x)))
-        for strip in (y[i : i + step] for i in range(0, len(y), step)):
-            part = resample(
-                resample(prob, 1, strip, size[0] / height, top), 2, x, size[1] / width, left
-            )  # [C, rows, columns] of the picture
-            best, index = part.max(dim=0)
-            where = slice(strip.start, strip.stop), slice(x.start, x.stop)
-            label[where], confidence[where] = index.byte().cpu().numpy(), best.cpu().numpy()
-    return label, confidence
-
-
-def tiles(length: int, original: int, tile: int) -> list[tuple[int, int, range]]:
-    """Tiles that cover a length: where each starts and stops, and which pixels of the original length are taken from it. Neighbours meet in
-    the middle of their overlap, so a pixel is seen with a sixth of a tile around it."""
-    tile = min(tile, length)
-    starts = tile_starts(length, tile)
-    meet = [0, *((left + tile + right) / 2 for left, right in itertools.pairwise(starts)), length]
-    edges = [
-        math.ceil(at * original / length - 0.5) for at in meet
-    ]  # the first pixel whose centre lies behind
-    return [
-        (start, start + tile, range(*pair))
-        for start, pair in zip(starts, itertools.pairwise(edges))
+    inside = root in out.parents
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.is_file()
+        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
+        and not (inside and path.resolve().is_relative_to(out))
     ]
+    suffixes = ", ".join(IMAGE_SUFFIXES)
+    need(files, f"{folder}: holds no picture ({suffixes}), nor do its sub-folders")
+    return files
 
 
-def resample(prob: Tensor, dim: int, pixels: range, scale: float, start: int) -> Tensor:
-    """Bilinear values along a dimension at the centres of pixels of another scale; `start` is where prob begins."""
-    at = (
-        (torch.arange(pixels.start, pixels.stop, dtype=torch.float64) + 0.5) * scale - 0.5 - start
-    ).clamp(0, prob.shape[dim] - 1)
-    low = at.long()
-    weight = (at - low).float().to(prob.device)[(...,) + (None,) * (2 - dim)]
-    low = low.to(prob.device)
-    return torch.lerp(
-        prob.index_select(dim, low),
-        prob.index_select(dim, (low + 1).clamp_max(prob.shape[dim] - 1)),
-        weight,
-    )
+def free_stem(name: Path, out_dir: Path, taken: set[str]) -> Path:
+    """Where the output of a picture goes: a.jpg -> a; beside it a.png -> a.png; then numbers."""
+    numbers = (name.with_name(f"{name.stem}-{i}") for i in itertools.count(2))
+    for stem in itertools.chain([name.with_suffix(""), name], numbers):
+        outputs = {f"{out_dir / stem}{ending}".lower() for ending in ENDINGS}
+        if taken.isdisjoint(outputs):
+            taken |= outputs
+            return out_dir / stem
 
 
-def write_masks(
-    stem: Path, image: Tensor, label: np.ndarray, confidence: np.ndarray | None, palette
-) -> None:
-    """STEM.png, STEM_overlay.png and, where asked for, STEM_confidence.png."""
+def write_masks(stem: Path, image: Tensor, label, confidence, palette) -> None:
+    """STEM.png, STEM_overlay.png and, with a confidence, STEM_confidence.png."""
     mask = Image.fromarray(label)
     mask.putpalette(np.asarray(palette, np.uint8).tobytes())  # "L" becomes "P"
-    overlay = Image.blend(Image.fromarray(image.permute(1, 2, 0).numpy()), mask.convert("RGB"), 0.5)
-    grey = (
-        []
-        if confidence is None
-        else [Image.fromarray((confidence.clip(0, 1) * 255).round().astype(np.uint8))]
-    )
-    for picture, ending in zip([mask, overlay, *grey], ENDINGS):
-        run.write(
-            Path(f"{stem}{ending}"),
-            lambda file: picture.save(file, "PNG", compress_level=1 if picture is overlay else 6),
-        )
+    photograph = Image.fromarray(image.permute(1, 2, 0).numpy())
+    overlay = Image.blend(photograph, mask.convert("RGB"), 0.5)
+    save_png(Path(f"{stem}.png"), mask)
+    save_png(Path(f"{stem}_overlay.png"), overlay, compress_level=1)
+    if confidence is not None:
+        grey = (confidence.clip(0, 1) * 255).round().astype(np.uint8)
+        save_png(Path(f"{stem}_confidence.png"), Image.fromarray(grey))
 
 
-class Exported(nn.Module):
-    """What --onnx writes: normalisation, network and upsampling in one graph."""
+def save_png(path: Path, picture: Image.Image, compress_level: int = 6) -> None:
+    write(path, lambda file: picture.save(file, "PNG", compress_level=compress_level))
+
+
+def suggest(scores: list[tuple[float, Path]], run: str | None, number: int) -> list[str]:
+    """The lines of suggest.txt: the pictures to label next, least certain first."""
+    file = Path(run or ".") / "labeled.txt"
+    labelled = set(file.read_text().splitlines()) if run and file.exists() else set()
+    unsure = [
+        entry for entry in scores if entry[1].stem.removesuffix("_leftImg8bit") not in labelled
+    ]
+    unsure = sorted(unsure, key=lambda entry: -entry[0])[:number]
+    return [f"{score:.4f}  {picture}" for score, picture in unsure]
+
+
+# ------------------------------------------------------------------------------------ ONNX export
+class FullSizeNetwork(nn.Module):
+    """What --onnx writes: normalisation, network and upsampling to the picture's size."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return upsample(self.model(data.normalise(images))[0], images.shape[-2:])
+        return upsample(self.model(images)[0], images.shape[-2:])
 
 
 def export_onnx(model: nn.Module, classes: list[str], path: Path) -> None:
     """One file for any batch size, height and width; the class names stand in its metadata."""
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"--onnx needs packages that are not installed: pip install {' '.join(missing)}"
-        )
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise UserError(f"--onnx {path}: {path.parent} is no folder that can be written to")
+    missing = [n for n in ("onnx", "onnxscript") if importlib.util.find_spec(n) is None]
+    need(
+        not missing,
+        f"--onnx needs packages that are not installed: pip install {' '.join(missing)}",
+    )
+    need(
+        path.parent.is_dir() and os.access(path.parent, os.W_OK),
+        f"--onnx {path}: {path.parent} is no folder that can be written to",
+    )
     example = torch.rand(2, 3, 96, 128, device=next(model.parameters()).device)
     try:
         program = torch.onnx.export(
-            Exported(model).eval(),
+            FullSizeNetwork(model).eval(),
             (example,),
             input_names=["images"],
             output_names=["logits"],
@@ -211,143 +224,62 @@ def export_onnx(model: nn.Module, classes: list[str], path: Path) -> None:
             dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
         )
     except torch.onnx.OnnxExporterError as error:
-        raise UserError(
-            f"--onnx {path}: this network cannot be exported ({str(error).strip().splitlines()[0]})"
-        ) from None
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--onnx {path}: this network cannot be exported ({reason})") from None
     graph = program.model_proto
     graph.metadata_props.add(key="classes", value=json.dumps(classes))
-    run.write(path, lambda file: file.write(graph.SerializeToString()))
+    write(path, lambda file: file.write(graph.SerializeToString()))
 
 
 def main() -> None:
-    parser = run.Parser(
-        description=__doc__,
-        formatter_class=run.Formatter,
-        usage="predict.py [options] RUN IMAGE_OR_FOLDER ... --out-dir DIR",
-    )
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        metavar="RUN IMAGE_OR_FOLDER",
-        help="a run's folder, then pictures and folders of pictures",
-    )
-    parser.add_argument("--out-dir", metavar="DIR", help="where the masks and overlays go")
-    parser.add_argument(
-        "--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run"
-    )
-    parser.add_argument(
-        "--dataset",
-        choices=["cityscapes", "pascal", "sun"],
-        help="what the checkpoint was trained on",
-    )
-    parser.add_argument(
-        "--confidence",
-        action="store_true",
-        help="also write the probability of the predicted class as a grey PNG, 255 = 1",
-    )
-    parser.add_argument(
-        "--suggest",
-        type=run.positive,
-        metavar="N",
-        help="print the N pictures to label next, least certain first, those the run was trained on with a label left out, and write them to DIR/suggest.txt; "
-        "the score is the mean over the pixels of 1 - the probability of the predicted class",
-    )
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored picture")
-    parser.add_argument(
-        "--scales",
-        type=run.positive_float,
-        nargs="+",
-        default=[1.0],
-        metavar="S",
-        help="average over these scales",
-    )
-    parser.add_argument(
-        "--sliding-window",
-        action="store_true",
-        help="average over tiles of the training crop's size that overlap by a third",
-    )
-    parser.add_argument(
-        "--tile",
-        type=run.number(int, 32, 2**15, "a whole number from 32 on"),
-        default=1024,
-        metavar="N",
-        help="predict larger pictures in tiles of this side; smaller ones need less memory",
-    )
-    parser.add_argument(
-        "--onnx",
-        metavar="FILE",
-        help="export the network, with normalisation and upsampling, for any size",
-    )
-    args = parser.parse_intermixed_args()
-    args.run = None if args.checkpoint else args.paths.pop(0) if args.paths else None
-    need(
-        args.checkpoint or not args.dataset, "--dataset goes with --checkpoint; a run knows its own"
-    )
-    need(
-        args.paths or args.onnx or not (args.run or args.checkpoint),
-        f"name pictures or folders after {args.run or 'the options'}, or --onnx FILE",
-    )
-    need(args.out_dir or not args.paths, "--out-dir DIR is missing: where the masks go")
+    args = parse_options()
     warnings.filterwarnings("ignore", module="PIL")  # about metadata, or a size that is dealt with
-
     targets = find_pictures(args.paths, Path(args.out_dir)) if args.paths else {}
-    device = Accelerator().device
-    model, config = run.load_trained(args, device)
+    if args.checkpoint:
+        model = load_published(args.checkpoint, args.dataset)
+    else:
+        model = models.load(args.run)
+    model.to(Accelerator().device)
     try:
         Path(args.out_dir or ".").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out-dir {args.out_dir}: cannot be made ({error.strerror})") from None
     if args.onnx:
-        export_onnx(model, config["classes"], Path(args.onnx))
+        export_onnx(model, model.classes, Path(args.onnx))
         print(f"network written to {args.onnx}")
-    options = dict(
-        scales=args.scales,
-        flip=args.flip,
-        window=tuple(config["crop_size"]) if args.sliding_window else None,
-    )
+
+    window = tuple(model.config["crop_size"]) if args.sliding_window else None
+    options = dict(tile=args.tile, scales=args.scales, flip=args.flip, window=window)
     scores = []
-    for picture, stem in tqdm(
-        targets.items(), unit="picture", disable=None if targets else True, dynamic_ncols=True
-    ):
+    hidden = None if targets else True  # None: shown on a terminal alone
+    bar = tqdm(targets.items(), unit="picture", disable=hidden, dynamic_ncols=True)
+    for picture, stem in bar:
         try:
-            image = data.read_image(picture)
-        except Exception as error:  # decoders raise many kinds
-            tqdm.write(
-                f"predict.py: {error if isinstance(error, UserError) else f'{picture}: cannot be read ({type(error).__name__})'}",
-                file=sys.stderr,
-            )
+            image = read_image(picture)
+        except UserError as error:  # the others can still be predicted
+            tqdm.write(f"predict.py: {error}", file=sys.stderr)
             continue
-        label, confidence = predict_picture(
-            model, image, network_size(config, *image.shape[-2:]), args.tile, device, **options
-        )
-        write_masks(stem, image, label, confidence if args.confidence else None, config["palette"])
+        label, confidence = model.predict(image, confidence=True, **options)
+        write_masks(stem, image, label, confidence if args.confidence else None, model.palette)
         scores.append((1 - float(confidence.mean()), picture))
-    if args.suggest and scores:
-        file = Path(args.run or ".") / "labeled.txt"
-        labelled = (
-            set(file.read_text().splitlines()) if args.run and file.exists() else set()
-        )  # of the run: they have a label already
-        unsure = sorted(
-            (
-                entry
-                for entry in scores
-                if entry[1].stem.removesuffix("_leftImg8bit") not in labelled
-            ),
-            key=lambda entry: -entry[0],
-        )[: args.suggest]
-        lines = [f"{score:.4f}  {picture}" for score, picture in unsure]
-        print("\n".join(lines))
-        run.write(
-            Path(args.out_dir) / "suggest.txt",
-            lambda file: file.write("".join(f"{line}\n" for line in lines).encode()),
-        )
-    if targets:
-        print(
-            f"{len(scores)} of {len(targets)} pictures: masks NAME.png, NAME_overlay.png{', NAME_confidence.png' if args.confidence else ''}"
-            f"{', suggest.txt' if args.suggest and scores else ''} in {args.out_dir}"
-        )
+    report(args, targets, scores)
     sys.exit(0 if len(scores) == len(targets) else 1)
 
 
+def report(args: argparse.Namespace, targets: dict, scores: list[tuple[float, Path]]) -> None:
+    """What was written, and what to label next."""
+    endings = "masks NAME.png, NAME_overlay.png"
+    if args.confidence:
+        endings += ", NAME_confidence.png"
+    if args.suggest and scores:
+        lines = suggest(scores, args.run, args.suggest)
+        print("\n".join(lines))
+        text = "".join(f"{line}\n" for line in lines)
+        write(Path(args.out_dir) / "suggest.txt", lambda file: file.write(text.encode()))
+        endings += ", suggest.txt"
+    if targets:
+        print(f"{len(scores)} of {len(targets)} pictures: {endings} in {args.out_dir}")
+
+
 if __name__ == "__main__":
-    run.launch(main)
+    launch(main)

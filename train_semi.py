@@ -1,174 +1,175 @@
-"""Semi-supervised training: mean teacher, image mixing and the regional contrast loss, from full or partial labels.
+"""Semi-supervised training: mean teacher, image mixing and the regional contrast loss, from full or
+partial labels.
 
-python train_semi.py --reco                                      # street, 20 labelled scenes, on whatever is there
-accelerate launch train_semi.py --reco
-accelerate launch train_semi.py --dataset cityscapes --data-path dataset/cityscapes --num-labeled 150 --val-interval 500 --model reconet --mixing-strategy classmix --reco
-accelerate launch train_semi.py --dataset cityscapes --data-path dataset/cityscapes --label-ratio p0 --seed 0 --val-interval 500 --model reconet --mixing-strategy classmix --reco
+    python train_semi.py --reco                          # street, 20 labelled scenes
+    accelerate launch train_semi.py --reco
+    accelerate launch train_semi.py --dataset cityscapes --data-path dataset/cityscapes \
+        --num-labeled 150 --val-interval 500 --model reconet --mixing-strategy classmix --reco
+    accelerate launch train_semi.py --dataset cityscapes --data-path dataset/cityscapes \
+        --label-ratio p0 --seed 0 --val-interval 500 --model reconet --mixing-strategy classmix \
+        --reco
 """
+
+import argparse
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import data
+import checkpoint
 import run
-from data import IGNORE
-from mixing import mix
-from models import MeanTeacher, upsample
+import train_supervised
+from data import load_source
+from labels import divide
+from loaders import evaluation_loader, training_loader
+from mixing import IGNORE, STRATEGIES, mix
+from models import MeanTeacher
+from options import natural, parse, reco_settings, share, training_parser
+from processes import launch
 from reco import reco_loss
-from train_supervised import mean_count, supervised_loss
+from record import Record
+from train_supervised import mean_count, reco_curves, reco_pictures, supervised_loss
+from transforms import augment, batch_scale_crop, shrink_label, to_float, upsample
+
+
+def parse_options(argv=None) -> argparse.Namespace:
+    parser = training_parser(__doc__, "train_semi.py")
+    add = parser.add_argument_group("mean teacher and mixing").add_argument
+    add(
+        "--mixing-strategy",
+        choices=STRATEGIES,
+        default="classmix",
+        help="how unlabelled images are mixed",
+    )
+    add(
+        "--weak-threshold",
+        type=share,
+        default=0.7,
+        help="pseudo-labels of at least this confidence join ReCo",
+    )
+    add(
+        "--warmup-iterations",
+        type=natural,
+        help="supervised steps before the unlabelled images join (0; needed where a teacher from "
+        "random weights never starts)",
+    )
+    return parse(parser, argv)
 
 
 def unsupervised_loss(
     logits: Tensor, target: Tensor, confidence: Tensor, strong_threshold: float, accelerator=None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy with pseudo-labels, each image weighted by how sure its teacher is (paper, section 3.3).
+    """Cross-entropy with pseudo-labels, each image weighted by how sure its teacher is (paper,
+    section 3.3).
 
-    logits [B, C, H, W]; target [B, H, W] int64, 255 = ignored; confidence [B, H, W]. eta of an image = its pixels of confidence >=
-    strong_threshold / its pixels not ignored. The loss is the mean, over all pixels of the batch with a positive cross-entropy, of
-    eta times the pixel's cross-entropy; 0 where there is no such pixel. Returns the loss and eta [B].
-    """
-    eta = (confidence >= strong_threshold).sum(dim=(1, 2)) / (target != IGNORE).sum(
-        dim=(1, 2)
-    ).clamp_min(1)
+    logits [B, C, H, W]; target [B, H, W] int64, 255 = ignored; confidence [B, H, W]. eta of an
+    image = its pixels of confidence >= strong_threshold / its pixels not ignored. The loss is the
+    mean, over all pixels of the batch with a positive cross-entropy, of eta times the pixel's
+    cross-entropy; 0 where there is no such pixel. Returns the loss and eta [B]."""
+    sure = (confidence >= strong_threshold).sum(dim=(1, 2))
+    eta = sure / (target != IGNORE).sum(dim=(1, 2)).clamp_min(1)
     cross_entropy = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
-    return (eta[:, None, None] * cross_entropy).sum() / mean_count(
-        cross_entropy > 0, accelerator
-    ), eta
+    total = (eta[:, None, None] * cross_entropy).sum()
+    return total / mean_count(cross_entropy > 0, accelerator), eta
 
 
 @torch.no_grad()
 def pseudo_label(
-    teacher: MeanTeacher, images: Tensor, known: Tensor | None, accelerator
+    teacher: MeanTeacher, images: Tensor, known: Tensor, accelerator
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's argmax and its probability, [B, H, W] each, at full resolution; known pixels ([B, H, W], 255 = unknown) overwrite them."""
+    """The teacher's argmax and its probability, [B, H, W] each, at full resolution. Known pixels
+    (partial labels; [B, H, W], 255 = unknown) overwrite them."""
     with accelerator.autocast():
-        logits, _ = teacher.label(data.normalise(images))
-    confidence, label = upsample(logits.float(), images.shape[-2:]).softmax(dim=1).max(dim=1)
-    if known is not None:
-        label = torch.where(known != IGNORE, known, label)
-        confidence = torch.where(known != IGNORE, 1.0, confidence)
-    return label, confidence
+        logits, _ = teacher.label(images)
+    prob = upsample(logits.float(), images.shape[-2:]).softmax(dim=1)
+    confidence, label = prob.max(dim=1)
+    label = torch.where(known != IGNORE, known, label)
+    return label, torch.where(known != IGNORE, 1.0, confidence)
+
+
+def contrast(logits, rep, full_l, label_l, label_u, confidence, partial, args):
+    """ReCo over labelled and pseudo-labelled pixels together, at the size of rep.
+
+    logits [2B, C, h, w] and rep [2B, D, h, w], labelled images first; full_l [B, C, H, W] the
+    labelled images' logits at full size; label_l, label_u, confidence [B, H, W]. `partial`: the
+    labels are sparse. Returns the loss and the stats of `reco_loss`."""
+    with torch.no_grad():
+        valid_l = label_l != IGNORE
+        if partial:  # beside the known pixels, those of which the student itself is sure
+            sure, own = full_l.softmax(dim=1).max(dim=1)
+            label_l = torch.where(valid_l, label_l, own)
+            valid_l = valid_l | (sure >= 0.97)
+        size = rep.shape[-2:]
+        label = shrink_label(torch.cat([label_l, label_u]), size)
+        valid = shrink_label(torch.cat([valid_l, confidence >= args.weak_threshold]), size)
+        valid = valid & (label != IGNORE)
+        prob = logits.softmax(dim=1)
+    return reco_loss(rep, label, prob, valid, **reco_settings(args))
 
 
 def train_step(
-    step,
-    batch_l,
-    batch_u,
-    student,
-    model,
-    teacher,
-    optimizer,
-    accelerator,
-    args,
-    partial,
-    rng,
-    mark=lambda part: None,
+    batch_l, batch_u, student, teacher, optimizer, accelerator, args, rng, mark=lambda part: None
 ) -> tuple[dict, dict]:
-    """One step on a labelled and an unlabelled batch, each (images uint8 [B, 3, h, w], labels uint8 [B, h, w], ...), on the host.
+    """One step on a labelled and an unlabelled batch on the host, each (images uint8 [B, 3, h, w],
+    labels uint8 [B, h, w], ...).
 
-    Returns what the curves show (name -> float []) and what the pictures show, as tensors that nobody has waited for yet. `student` is `model`
-    as Accelerate wraps it; `partial`: the labels are sparse; `mark` is told when a part of the step is done (bench.py times them)."""
-    device, warming_up = accelerator.device, step < args.warmup_iterations
+    Returns the losses and shares for the curves (name -> float []) and the tensors for the
+    pictures, none of which the host has waited for. `student` is the network as Accelerate wraps
+    it; `mark` is told when a part of the step is done (bench.py times them)."""
+    device = accelerator.device
     images_l, label_l = (
-        data.to_float(batch_l[0], device),
+        to_float(batch_l[0], device),
         batch_l[1].to(device, non_blocking=True).long(),
     )
-    images_u, known_u = (
-        data.to_float(batch_u[0], device),
-        batch_u[1].to(device, non_blocking=True).long(),
-    )
+    images_u, known = to_float(batch_u[0], device), batch_u[1].to(device, non_blocking=True).long()
     mark("data")
-    images, label_l, _ = data.augment(images_l, label_l, None, rng)
 
-    if not warming_up:
-        # the teacher labels the weakly cropped images, then the student's view of them is made: scale, crop, mix, colour, blur, flip
-        mark("augmentation")
-        label_u, confidence = pseudo_label(
-            teacher, images_u, known_u if partial else None, accelerator
-        )
-        mark("teacher")
-        images_u, label_u, confidence = data.batch_scale_crop(
-            images_u, label_u, confidence, tuple(args.crop_size), tuple(args.scale), rng
-        )
-        images_u, label_u, confidence = mix(
-            images_u, label_u, confidence, args.mixing_strategy, fill=data.mean_colour(device)
-        )
-        images_u, label_u, confidence = data.augment(images_u, label_u, confidence, rng)
-        images = torch.cat([images, images_u])
-    images = data.normalise(images)
+    # the teacher labels the weakly cropped images; then the student's view of them is made:
+    # scale, crop, mix, colour, blur, flip
+    images_l, label_l, _ = augment(images_l, label_l, None, rng)
+    mark("augmentation")
+    label_u, confidence = pseudo_label(teacher, images_u, known, accelerator)
+    mark("teacher")
+    view = batch_scale_crop(
+        images_u, label_u, confidence, tuple(args.crop_size), tuple(args.scale), rng
+    )
+    view = mix(*view, args.mixing_strategy, fill=teacher.model.mean[0])
+    images_u, label_u, confidence = augment(*view, rng)
     mark("augmentation")
 
-    # [2B, C, h, w], [2B, D, h, w] at the decoder's stride, labelled images first; [B, ...] while warming up
-    if warming_up or args.joint_forward:
-        logits, rep = student(images)
-    else:  # each with its own batch-norm statistics
-        passes = zip(student(images[: len(label_l)]), student(images[len(label_l) :]))
-        logits, rep = (None if outputs[0] is None else torch.cat(outputs) for outputs in passes)
-    full = upsample(logits, label_l.shape[-2:])
-    full_l, full_u = full[: len(label_l)], full[len(label_l) :]
-    loss = supervised = supervised_loss(full_l, label_l, accelerator)
-    parts = {"loss/supervised": supervised.detach()}
-    if not warming_up:
-        unsupervised, eta = unsupervised_loss(
-            full_u, label_u, confidence, args.reco_threshold, accelerator
-        )
-        loss = loss + unsupervised
-        parts |= {
-            "loss/unsupervised": unsupervised.detach(),
-            "teacher/eta": eta.mean(),
-            "teacher/share above weak threshold": (confidence >= args.weak_threshold)
-            .float()
-            .mean(),
-            "teacher/share above strong threshold": (confidence >= args.reco_threshold)
-            .float()
-            .mean(),
-        }
+    # each batch passes the student with its own batch-norm statistics
+    logits_l, rep_l = student(images_l)  # [B, C, h, w], [B, D, h, w]
+    logits_u, rep_u = student(images_u)
+    full_l, full_u = (upsample(x, label_l.shape[-2:]) for x in (logits_l, logits_u))
+    supervised = supervised_loss(full_l, label_l, accelerator)
+    unsupervised, eta = unsupervised_loss(
+        full_u, label_u, confidence, args.reco_threshold, accelerator
+    )
+    loss = supervised + unsupervised
+    losses = {
+        "loss/supervised": supervised.detach(),
+        "loss/unsupervised": unsupervised.detach(),
+        "teacher/eta": eta.mean(),
+        "teacher/share above weak threshold": (confidence >= args.weak_threshold).float().mean(),
+        "teacher/share above strong threshold": (confidence >= args.reco_threshold).float().mean(),
+    }
     shown = {
-        "images": images,
-        "label": label_l if warming_up else torch.cat([label_l, label_u]),
-        "confidence": (label_l != IGNORE).float()
-        if warming_up
-        else torch.cat([(label_l != IGNORE).float(), confidence]),
+        "images": torch.cat([images_l, images_u]),
+        "label": torch.cat([label_l, label_u]),
+        "confidence": torch.cat([(label_l != IGNORE).float(), confidence]),
     }
     mark("student forward")
 
-    if args.reco and not warming_up:
-        size = rep.shape[-2:]
-        with torch.no_grad():
-            prob = logits.softmax(dim=1)
-            reco_label_l, valid_l = label_l, label_l != IGNORE
-            if partial:  # beside the known pixels, those of which the student itself is sure
-                sure, own = full_l.softmax(dim=1).max(dim=1)
-                reco_label_l, valid_l = torch.where(valid_l, label_l, own), valid_l | (sure >= 0.97)
-            label = data.shrink_label(torch.cat([reco_label_l, label_u]), size)
-            valid = data.shrink_label(torch.cat([valid_l, confidence >= args.weak_threshold]), size)
-        contrast, stats = reco_loss(
-            rep,
-            label,
-            prob,
-            valid & (label != IGNORE),
-            args.reco_temp,
-            args.reco_num_queries,
-            args.reco_num_negatives,
-            2.0 if args.reco_random_queries else args.reco_threshold,
-            sampling=args.reco_sampling,
-            active_keys=not args.reco_random_keys,
-            return_stats=True,
+    if args.reco:
+        logits, rep = torch.cat([logits_l, logits_u]), torch.cat([rep_l, rep_u])
+        reco, stats = contrast(
+            logits, rep, full_l, label_l, label_u, confidence, args.partial, args
         )
-        loss = loss + args.reco_weight * contrast
-        parts |= {
-            "loss/reco": contrast.detach(),
-            "reco/classes": stats["num_classes"].float(),
-            "reco/hard pixels": stats["num_hard"].sum().float(),
-        }
-        shown |= {
-            "queries": stats["queries"],
-            "relation": stats["relation"],
-            "rep_size": rep.shape[-2:],
-        }
-    elif rep is not None:
-        loss = loss + 0 * rep.sum()  # distributed training waits for a gradient of every parameter
+        loss = loss + args.reco_weight * reco
+        losses |= reco_curves(reco, stats)
+        shown |= reco_pictures(rep, stats)
+    elif rep_l is not None:  # distributed training waits for a gradient of every parameter
+        loss = loss + 0 * (rep_l.sum() + rep_u.sum())
     mark("ReCo")
 
     accelerator.backward(loss)
@@ -176,20 +177,19 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler found an overflow
-        teacher.update(model)
-    if warming_up:
-        teacher.copy_statistics(model)
+        teacher.update(accelerator.unwrap_model(student, keep_torch_compile=False))
     mark("optimiser + EMA")
-    return {"loss/total": loss.detach(), **parts}, shown
+    return {"loss/total": loss.detach(), **losses}, shown
 
 
 def main() -> None:
-    args = run.parse(run.training_parser(__doc__, semi=True), semi=True)
+    args = parse_options()
     accelerator = run.start_accelerator(args)
-    folder = run.choose_folder(args, accelerator)
+    folder = checkpoint.choose_folder(args, accelerator)
 
-    source = data.load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
-    labelled, unlabelled, partial = data.divide(
+    # the data, and which images and pixels count as labelled
+    source = load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
+    division = divide(
         source,
         args.num_labeled,
         args.label_ratio,
@@ -197,53 +197,69 @@ def main() -> None:
         args.seed,
         quiet=not accelerator.is_main_process,
     )
+    args.partial = division.partial
 
-    state = run.load_checkpoint(folder) if args.resume else None
-    model, config = run.new_model(args, source, fresh=state is None)
-    model = run.to_device(model, accelerator)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
-    teacher = MeanTeacher(model, compiled=args.compile)  # a copy of the bare network
+    # the student, its optimiser, and the teacher: a copy of the bare network
+    state = checkpoint.load_state(folder) if args.resume else None
+    model, config = run.new_model(args, source, accelerator, fresh=state is None)
+    optimizer = run.new_optimizer(args, model)
+    teacher = MeanTeacher(model, compiled=args.compile)
     student, optimizer = accelerator.prepare(model, optimizer)  # student: `model`, wrapped
-    record = run.Record(
-        args, accelerator, folder, source, config, labelled, unlabelled, partial, state
-    )
+
+    # what there is to go on from
+    record = Record(args, accelerator, folder, source, config)
+    parts = dict(model=model, optimizer=optimizer, teacher=teacher, scaler=accelerator.scaler)
+    if args.resume:
+        run.check_resumed(args, accelerator, folder, division.labelled)
     if state:
-        record.restore(state, model, optimizer, teacher)
-    loader_l = record.loader(labelled, stream=0, scale=tuple(args.scale))
-    loader_u = record.loader(unlabelled, stream=1, scale=(1.0, 1.0))
+        record.load_state_dict(state)
+        checkpoint.restore(state, **parts)
+
+    # batches of the steps that remain; the unlabelled images are scaled after the teacher saw them
+    loader_l = training_loader(
+        source, division.labelled, args, accelerator, stream=0, start=record.step
+    )
+    loader_u = training_loader(
+        source, division.unlabelled, args, accelerator, stream=1, start=record.step, scale=(1, 1)
+    )
+    val_loader = evaluation_loader(source, source.val, args, accelerator)
+    record.announce(division, [loader_l, loader_u])
+    networks = {"teacher": teacher.model, "student": model}  # the first is the one to keep
 
     student.train()
-    if args.init_from and not state:
-        record.validate(
-            {"teacher": teacher.model, "student": model}
-        )  # what the run starts from is its model until others are better
-    for step, (batch_l, batch_u) in enumerate(zip(loader_l, loader_u), start=record.step):
-        rate = run.learning_rate(record.base_rate, step, args.iterations)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    if args.init_from and not state:  # its weights stay until others are better
+        record.validate(networks, val_loader)
+    batches = zip(loader_l, loader_u, strict=True)
+    for step, (batch_l, batch_u) in enumerate(batches, start=record.step):
+        rate = run.set_learning_rate(optimizer, args, accelerator, step)
         rng = run.seed_step(args.seed, step, accelerator.process_index)
-        parts, shown = train_step(
-            step,
-            batch_l,
-            batch_u,
-            student,
-            model,
-            teacher,
-            optimizer,
-            accelerator,
-            args,
-            partial,
-            rng,
-        )
-        record.add(step, rate, parts)
-        if record.validation_due:
-            record.validate({"teacher": teacher.model, "student": model}, shown)
-        if record.saving_due:
-            record.save(model, optimizer, teacher)
-    record.finish(teacher.model)
+        if step < args.warmup_iterations:
+            losses, shown = train_supervised.train_step(
+                batch_l, student, optimizer, accelerator, args, rng, contrast=False
+            )
+            teacher.update(model)
+            teacher.copy_statistics(model)
+        else:
+            losses, shown = train_step(
+                batch_l, batch_u, student, teacher, optimizer, accelerator, args, rng
+            )
+        record.add(step, losses)
+        stop = record.stop_requested()
+        if record.is_due(args.log_interval):
+            record.log_means(rate)
+        if record.is_due(args.val_interval):
+            with record.paused():
+                record.validate(networks, val_loader)
+                record.show(teacher.model, val_loader.dataset, shown)
+        if record.is_due(args.save_interval) or stop:
+            with record.paused():
+                record.check_weights(model)
+                if accelerator.is_main_process:
+                    checkpoint.save_state(folder, record, **parts)
+        if stop and step + 1 < args.iterations:
+            record.leave(stop)
+    record.finish(teacher.model, val_loader.dataset)
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    launch(main)

@@ -1,80 +1,78 @@
 """Supervised training from full or partial labels, with or without the regional contrast loss.
 
-python train_supervised.py                                       # street, 20 labelled scenes, on whatever is there
-accelerate launch train_supervised.py --reco
-accelerate launch train_supervised.py --dataset cityscapes --data-path dataset/cityscapes --num-labeled 150 --val-interval 500 --model reconet
-accelerate launch train_supervised.py --dataset cityscapes --data-path dataset/cityscapes --label-ratio p1 --seed 0 --val-interval 500 --model reconet
+    python train_supervised.py                           # street, 20 labelled scenes
+    accelerate launch train_supervised.py --reco
+    accelerate launch train_supervised.py --dataset cityscapes --data-path dataset/cityscapes \
+        --num-labeled 150 --val-interval 500 --model reconet
+    accelerate launch train_supervised.py --dataset cityscapes --data-path dataset/cityscapes \
+        --label-ratio p1 --seed 0 --val-interval 500 --model reconet
 """
 
+import argparse
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-import data
+import checkpoint
 import run
-from data import IGNORE
-from models import upsample
+from data import load_source
+from labels import divide
+from loaders import evaluation_loader, training_loader
+from mixing import IGNORE
+from options import parse, reco_settings, training_parser
+from processes import launch
 from reco import reco_loss
+from record import Record
+from transforms import augment, shrink_label, to_float, upsample
 
 
-def supervised_loss(logits: torch.Tensor, label: torch.Tensor, accelerator=None) -> torch.Tensor:
-    """Mean cross-entropy over the labelled pixels; 0, not NaN, where there are none. logits [B, C, H, W], label [B, H, W] int64, 255 = ignored.
-    With several processes their mean is the loss of the whole batch: each divides by the mean number of labelled pixels."""
-    return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") / mean_count(
-        label != IGNORE, accelerator
-    )
+def parse_options(argv=None) -> argparse.Namespace:
+    return parse(training_parser(__doc__, "train_supervised.py"), argv)
 
 
-def mean_count(mask: torch.Tensor, accelerator=None) -> torch.Tensor:
+def supervised_loss(logits: Tensor, label: Tensor, accelerator=None) -> Tensor:
+    """Mean cross-entropy over the labelled pixels; 0, not NaN, where there are none.
+
+    logits [B, C, H, W], label [B, H, W] int64, 255 = ignored. With several processes their mean is
+    the loss of the whole batch: each divides by the mean number of labelled pixels."""
+    total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
+    return total / mean_count(label != IGNORE, accelerator)
+
+
+def mean_count(mask: Tensor, accelerator=None) -> Tensor:
     """Number of True pixels, the mean over the processes, at least a thousandth."""
     count = mask.sum().float()
     return (accelerator.reduce(count, "mean") if accelerator else count).clamp_min(1e-3)
 
 
 def train_step(
-    batch, student, optimizer, accelerator, args, rng, mark=lambda part: None
+    batch, student, optimizer, accelerator, args, rng, contrast=True, mark=lambda part: None
 ) -> tuple[dict, dict]:
-    """One step on a batch (images uint8 [B, 3, h, w], labels uint8 [B, h, w], ...) on the host. Returns what the curves show (name -> float []) and
-    what the pictures show, as tensors that nobody has waited for yet; `mark` is told when a part of the step is done (bench.py times them)."""
+    """One step on a batch on the host: images uint8 [B, 3, h, w], labels uint8 [B, h, w], ...
+
+    Returns the losses and counts for the curves (name -> float []) and the tensors for the
+    pictures, none of which the host has waited for. `contrast`: with ReCo, if --reco says so.
+    `mark` is told when a part of the step is done (bench.py times them)."""
     device = accelerator.device
-    images, label = data.to_float(batch[0], device), batch[1].to(device, non_blocking=True).long()
+    images, label = to_float(batch[0], device), batch[1].to(device, non_blocking=True).long()
     mark("data")
-    images, label, _ = data.augment(images, label, None, rng)
-    images = data.normalise(images)
+    images, label, _ = augment(images, label, None, rng)
     mark("augmentation")
 
     logits, rep = student(images)  # [B, C, h, w], [B, D, h, w]
-    supervised = supervised_loss(upsample(logits, label.shape[-2:]), label, accelerator)
-    parts = {"loss/supervised": supervised.detach()}
-    loss = supervised
+    loss = supervised_loss(upsample(logits, label.shape[-2:]), label, accelerator)
+    losses = {"loss/supervised": loss.detach()}
     shown = {"images": images, "label": label, "confidence": (label != IGNORE).float()}
     mark("student forward")
 
-    if args.reco:  # queries and keys from the labelled pixels alone
-        small = data.shrink_label(label, rep.shape[-2:])
-        contrast, stats = reco_loss(
-            rep,
-            small,
-            logits.detach().softmax(dim=1),
-            small != IGNORE,
-            args.reco_temp,
-            args.reco_num_queries,
-            args.reco_num_negatives,
-            2.0 if args.reco_random_queries else args.reco_threshold,
-            sampling=args.reco_sampling,
-            active_keys=not args.reco_random_keys,
-            return_stats=True,
-        )
-        loss = loss + args.reco_weight * contrast
-        parts |= {
-            "loss/reco": contrast.detach(),
-            "reco/classes": stats["num_classes"].float(),
-            "reco/hard pixels": stats["num_hard"].sum().float(),
-        }
-        shown |= {
-            "queries": stats["queries"],
-            "relation": stats["relation"],
-            "rep_size": rep.shape[-2:],
-        }
+    if args.reco and contrast:  # queries and keys from the labelled pixels alone
+        small = shrink_label(label, rep.shape[-2:])
+        prob = logits.detach().softmax(dim=1)
+        reco, stats = reco_loss(rep, small, prob, small != IGNORE, **reco_settings(args))
+        loss = loss + args.reco_weight * reco
+        losses |= reco_curves(reco, stats)
+        shown |= reco_pictures(rep, stats)
     elif rep is not None:
         loss = loss + 0 * rep.sum()  # distributed training waits for a gradient of every parameter
     mark("ReCo")
@@ -84,16 +82,32 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     mark("optimiser + EMA")
-    return {"loss/total": loss.detach(), **parts}, shown
+    return {"loss/total": loss.detach(), **losses}, shown
+
+
+def reco_curves(loss: Tensor, stats: dict) -> dict[str, Tensor]:
+    """What the curves show of the contrast loss: itself, classes present, hard pixels."""
+    return {
+        "loss/reco": loss.detach(),
+        "reco/classes": stats["num_classes"].float(),
+        "reco/hard pixels": stats["num_hard"].sum().float(),
+    }
+
+
+def reco_pictures(rep: Tensor, stats: dict) -> dict:
+    """What the pictures show of it: the pixels drawn as queries and the class relations."""
+    shown = {name: stats[name] for name in ("queries", "relation")}
+    return {**shown, "rep_size": rep.shape[-2:]}
 
 
 def main() -> None:
-    args = run.parse(run.training_parser(__doc__, semi=False), semi=False)
+    args = parse_options()
     accelerator = run.start_accelerator(args)
-    folder = run.choose_folder(args, accelerator)
+    folder = checkpoint.choose_folder(args, accelerator)
 
-    source = data.load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
-    labelled, _, partial = data.divide(
+    # the data, and which images count as labelled
+    source = load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
+    division = divide(
         source,
         args.num_labeled,
         args.label_ratio,
@@ -102,36 +116,52 @@ def main() -> None:
         quiet=not accelerator.is_main_process,
     )
 
-    state = run.load_checkpoint(folder) if args.resume else None
-    model, config = run.new_model(args, source, fresh=state is None)
-    model = run.to_device(model, accelerator)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    # the network and its optimiser
+    state = checkpoint.load_state(folder) if args.resume else None
+    model, config = run.new_model(args, source, accelerator, fresh=state is None)
+    optimizer = run.new_optimizer(args, model)
     student, optimizer = accelerator.prepare(model, optimizer)  # student: `model`, wrapped
-    record = run.Record(args, accelerator, folder, source, config, labelled, None, partial, state)
+
+    # what there is to go on from
+    record = Record(args, accelerator, folder, source, config)
+    parts = dict(model=model, optimizer=optimizer, scaler=accelerator.scaler)
+    if args.resume:
+        run.check_resumed(args, accelerator, folder, division.labelled)
     if state:
-        record.restore(state, model, optimizer)
-    loader = record.loader(labelled, stream=0, scale=tuple(args.scale))
+        record.load_state_dict(state)
+        checkpoint.restore(state, **parts)
+
+    # batches of the steps that remain
+    loader = training_loader(
+        source, division.labelled, args, accelerator, stream=0, start=record.step
+    )
+    val_loader = evaluation_loader(source, source.val, args, accelerator)
+    record.announce(division, [loader])
 
     student.train()
-    if args.init_from and not state:
-        record.validate(
-            {"student": model}
-        )  # what the run starts from is its model until others are better
+    if args.init_from and not state:  # its weights stay until others are better
+        record.validate({"student": model}, val_loader)
     for step, batch in enumerate(loader, start=record.step):
-        rate = run.learning_rate(record.base_rate, step, args.iterations)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        rate = run.set_learning_rate(optimizer, args, accelerator, step)
         rng = run.seed_step(args.seed, step, accelerator.process_index)
-        parts, shown = train_step(batch, student, optimizer, accelerator, args, rng)
-        record.add(step, rate, parts)
-        if record.validation_due:
-            record.validate({"student": model}, shown)
-        if record.saving_due:
-            record.save(model, optimizer)
-    record.finish(model)
+        losses, shown = train_step(batch, student, optimizer, accelerator, args, rng)
+        record.add(step, losses)
+        stop = record.stop_requested()
+        if record.is_due(args.log_interval):
+            record.log_means(rate)
+        if record.is_due(args.val_interval):
+            with record.paused():
+                record.validate({"student": model}, val_loader)
+                record.show(model, val_loader.dataset, shown)
+        if record.is_due(args.save_interval) or stop:
+            with record.paused():
+                record.check_weights(model)
+                if accelerator.is_main_process:
+                    checkpoint.save_state(folder, record, **parts)
+        if stop and step + 1 < args.iterations:
+            record.leave(stop)
+    record.finish(model, val_loader.dataset)
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    launch(main)

@@ -1,0 +1,191 @@
+"""A run's folder: its name, config.json, the weights to use and the state to resume from.
+
+Everything is written atomically: a killed run always finds a whole file, the old or the new one.
+"""
+
+import argparse
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from errors import UserError, need
+from files import write
+
+
+# -------------------------------------------------------------------------------- which folder
+def default_folder(args: argparse.Namespace) -> Path:
+    """runs/<dataset>-<method>-<labels>-seed<seed>"""
+    labels = args.label_ratio or args.num_labeled or "all"
+    if args.labeled_list:
+        labels = Path(args.labeled_list).stem
+    return Path("runs") / f"{args.dataset}-{args.method}-{labels}-seed{args.seed}"
+
+
+def numbered(folder: Path) -> Iterator[Path]:
+    """The folder, then folder-2, folder-3, ..."""
+    yield folder
+    for i in range(2, 10_000):
+        yield folder.with_name(f"{folder.name}-{i}")
+
+
+def newest_folder(folder: Path) -> Path:
+    """The last one in use of the folder and its numbered successors."""
+    taken = [path for path in numbered(folder) if path.exists()] if folder.exists() else []
+    need(taken, f"--resume: there is no run {folder}; name it with --out-dir")
+    return taken[-1]
+
+
+def choose_folder(args: argparse.Namespace, accelerator: Accelerator) -> Path:
+    """The run's folder, the same on every process. Nothing is written yet."""
+    choice = [None]
+    if accelerator.is_main_process:
+        free = (path for path in numbered(default_folder(args)) if not path.exists())
+        folder = Path(args.out_dir) if args.out_dir else next(free)
+        choice = [str(folder)]
+        try:
+            if not args.resume:
+                check_new_folder(folder)
+        except UserError as error:  # told by every process, so that none waits for another
+            choice = [error]
+    broadcast_object_list(choice)
+    if isinstance(choice[0], UserError):
+        raise choice[0]
+    return Path(choice[0])
+
+
+def check_new_folder(folder: Path) -> None:
+    """UserError where a new run cannot begin in the folder."""
+    need(
+        not (folder / "config.json").exists(),
+        f"--out-dir {folder}: holds a run already; go on with it (--resume) or choose another "
+        "folder",
+    )
+    need(not folder.exists() or folder.is_dir(), f"--out-dir {folder}: is a file, not a folder")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    writable = os.access(parent, os.W_OK | os.X_OK)
+    need(writable, f"--out-dir {folder}: {parent} is not writable")
+
+
+# ------------------------------------------------------------------------------------- config
+def read_config(folder: Path) -> dict:
+    """config.json of a run; UserError where it is missing or contradicts itself."""
+    path = folder / "config.json"
+    need(folder.is_dir(), f"{folder}: no such run folder")
+    try:
+        config = json.loads(path.read_text())
+        check_config(config)
+        return config
+    except FileNotFoundError:
+        raise UserError(f"{folder}: is no run's folder (it has no config.json)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{path}: is damaged ({type(error).__name__}: {error})") from None
+
+
+def check_config(config: dict) -> None:
+    """ValueError, KeyError or TypeError where an entry that others rely on is missing or odd."""
+    classes, colours = config["classes"], np.asarray(config["palette"], np.uint8)
+    height, width = config["crop_size"]
+    names = [config["arguments"]["dataset"], config["arguments"]["script"], *classes]
+    whole = (
+        all(isinstance(name, str) for name in names)
+        and config["model"]["num_classes"] == len(classes)
+        and colours.shape == (len(classes), 3)
+        and min(height, width) > 0
+    )
+    if not whole:
+        raise ValueError("its entries contradict one another")
+
+
+# ------------------------------------------------------------------------------------- weights
+def write_weights(folder: Path, model: nn.Module) -> None:
+    """model.safetensors, the weights to use."""
+    state = model.state_dict()
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    write(folder / "model.safetensors", lambda file: file.write(save(tensors)))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; UserError where it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the run has not been validated yet") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: is truncated or no safetensors file ({reason})") from None
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], origin) -> None:
+    """Into the model, all of them; UserError where names or shapes do not fit. `origin` is what
+    the message calls them."""
+    own = model.state_dict()
+    odd = [
+        f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+        for name, value in weights.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    odd += [f"it lacks {name}" for name in own if name not in weights]
+    odd += [f"it has {name} beyond the network" for name in weights if name not in own]
+    need(
+        not odd,
+        f"{origin}: does not fit the network ({odd[0] if odd else ''}; {len(odd)} entries "
+        "differ): another architecture or class count",
+    )
+    model.load_state_dict(weights)
+
+
+# --------------------------------------------------------------------------- state to resume from
+def write_torch(path: Path, content) -> None:
+    buffer = io.BytesIO()  # in memory first: torch's own writer hides what the disk says
+    torch.save(content, buffer)
+    write(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def read_torch(path: Path):
+    """torch.load without unpickling code; UserError for a damaged file or one with anything but
+    tensors and plain values in it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # the unpickler and the zip reader raise many kinds
+        raise UserError(
+            f"{path}: is damaged or holds more than plain tensors, so it is not loaded "
+            f"({type(error).__name__})"
+        ) from None
+
+
+def save_state(folder: Path, record, **parts) -> None:
+    """checkpoint/state.pt: the record's entries and the state of every part (None: not in use).
+
+    Random state is no part of it: every draw is a function of (seed, step)."""
+    state = {name: part.state_dict() if part else None for name, part in parts.items()}
+    write_torch(folder / "checkpoint" / "state.pt", record.state_dict() | state)
+
+
+def load_state(folder: Path) -> dict | None:
+    """What save_state wrote, or None for a run that was stopped before its first checkpoint."""
+    # left by a run that was killed while it wrote; every process tries to remove them
+    for partial in [*folder.glob(".*.part"), *folder.glob("checkpoint/.*.part")]:
+        partial.unlink(missing_ok=True)
+    path = folder / "checkpoint" / "state.pt"
+    return read_torch(path) if path.exists() else None
+
+
+def restore(state: dict, **parts) -> None:
+    """Give every part the state that save_state wrote of it."""
+    for name, part in parts.items():
+        if part and state[name]:
+            part.load_state_dict(state[name])

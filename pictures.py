@@ -1,0 +1,127 @@
+"""What TensorBoard shows beside the curves: images with labels and predictions, heat maps, and the
+representations in the projector."""
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+from mixing import IGNORE
+from prediction import predict_probabilities
+from transforms import shrink_label, to_float
+
+
+def paint(label: Tensor, palette) -> Tensor:
+    """[H, W] class ids -> uint8 [3, H, W] in the data set's colours; 255 is white."""
+    colours = torch.full((256, 3), 255, dtype=torch.uint8)
+    colours[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
+    return colours[label.long()].permute(2, 0, 1)
+
+
+def draw_grid(rows: list[list[Tensor]], titles: list[str]) -> Figure:
+    """Pictures in rows under their titles: uint8 [3, H, W], or a map [H, W] in 0 .. 1 in grey."""
+    figure = Figure(figsize=(2.4 * len(titles), 2.0 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for i, row in enumerate(rows):
+        for axis, picture in zip(axes[i], row, strict=True):
+            values = picture.permute(1, 2, 0) if picture.dim() == 3 else picture
+            axis.imshow(values, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    return figure
+
+
+def heat_map(matrix: Tensor, names: list[str]) -> Figure:
+    """A matrix in 0 .. 1 with the class names along both sides; its values in per cent."""
+    side = 1.6 + 0.34 * len(names)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    for i, j in (matrix >= 0.005).nonzero().tolist():
+        value = float(matrix[i, j])
+        colour = "white" if value > 0.6 else "black"
+        axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    return figure
+
+
+def spread_indices(length: int, number: int) -> list[int]:
+    """At most `number` indices from the first to the last, evenly spread."""
+    return torch.linspace(0, length - 1, min(number, length)).long().tolist()
+
+
+@torch.no_grad()
+def draw_validation(network: nn.Module, images, palette, device) -> Figure:
+    """Some images (the same every time) of a data set of (image uint8 [3, H, W], label uint8
+    [H, W], index), with truth, prediction and its confidence."""
+    network.eval()
+    rows = []
+    for index in spread_indices(len(images), 4):
+        image, label, _ = images[index]
+        prob = predict_probabilities(network, to_float(image[None], device))
+        confidence, prediction = prob[0].max(dim=0)
+        painted = [paint(label, palette), paint(prediction.cpu(), palette)]
+        rows.append([image, *painted, confidence.float().cpu()])
+    network.train()
+    return draw_grid(rows, ["image", "truth", "prediction", "confidence"])
+
+
+def draw_training(shown: dict, palette) -> Figure:
+    """What the student saw in a step (`shown`, see train_step): images, (pseudo-)labels,
+    confidence, and the pixels that ReCo picked as queries."""
+    last = len(shown["images"]) - 1
+    rows, titles = [], ["image", "(pseudo-)label", "confidence"]
+    if "queries" in shown:
+        titles.append("queries of ReCo")
+    # labelled images stand first, unlabelled ones last
+    for b in sorted({0, min(1, last), max(last - 1, 0), last}):
+        image = (shown["images"][b].float().cpu().clamp(0, 1) * 255).round().byte()
+        label = paint(shown["label"][b].cpu(), palette)
+        row = [image, label, shown["confidence"][b].float().cpu()]
+        if "queries" in shown:
+            picked = query_mask(shown["queries"].cpu(), shown["rep_size"], b, image.shape[-2:])
+            row.append(torch.where(picked, label, image // 3))
+        rows.append(row)
+    return draw_grid(rows, titles)
+
+
+def query_mask(queries: Tensor, rep_size, b: int, size) -> Tensor:
+    """[1, H, W] bool: where the queries of image b of the batch lie; queries index into B*h*w."""
+    h, w = rep_size
+    picked = torch.zeros(h * w)
+    mine = queries.flatten() - b * h * w
+    picked[mine[(mine >= 0) & (mine < h * w)]] = 1
+    return F.interpolate(picked.view(1, 1, h, w), size=tuple(size), mode="nearest")[0] > 0
+
+
+def draw_confusion(confusion: Tensor, names: list[str]) -> Figure:
+    """Confusion matrix [truth, prediction], each row as shares of the class's pixels."""
+    counts = confusion.float()
+    return heat_map(counts / counts.sum(1, keepdim=True).clamp_min(1), names)
+
+
+@torch.no_grad()
+def add_embedding(writer: SummaryWriter, network: nn.Module, images, source, device, step: int):
+    """A few hundred pixel representations, coloured by class, for TensorBoard's projector."""
+    generator = torch.Generator().manual_seed(0)
+    vectors, classes = [], []
+    network.eval()
+    for index in spread_indices(len(images), 24):
+        image, label, _ = images[index]
+        rep = network(to_float(image[None], device))[1][0].float().cpu()  # [D, h, w]
+        small = shrink_label(label[None], rep.shape[-2:])[0].flatten()
+        for c in small.unique().tolist():
+            if c == IGNORE:
+                continue
+            pixels = (small == c).nonzero()[:, 0]
+            pixels = pixels[torch.randperm(len(pixels), generator=generator)[:4]]
+            vectors.append(rep.flatten(1)[:, pixels].T)
+            classes += [c] * len(pixels)
+    network.train()
+    colours = torch.tensor([source.palette[c] for c in classes]) / 255
+    squares = colours[:, :, None, None].expand(-1, -1, 8, 8)
+    names = [source.classes[c] for c in classes]
+    writer.add_embedding(torch.cat(vectors), names, squares, step, "representation")

@@ -1,0 +1,44 @@
+"""The checkpoints that the authors of the paper publish (DeepLabV3+, ResNet-101), ready to use."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from checkpoint import load_weights, read_torch
+from data import CITYSCAPES, PASCAL, SUN, voc_palette
+from errors import need
+from models import Segmenter, convert_reco_checkpoint
+from recipes import RECIPES
+
+# data set -> class names and palette
+CLASSES = {
+    "cityscapes": ([name for _, name, _ in CITYSCAPES], [colour for _, _, colour in CITYSCAPES]),
+    "pascal": (PASCAL, voc_palette(21)),
+    "sun": (SUN, voc_palette(38)[1:]),
+}
+
+
+def load_published(file: str, dataset: str | None) -> Segmenter:
+    """The network of a published checkpoint in eval mode. The file does not say what it was
+    trained on: `dataset` does. Raises UserError for a file that does not fit."""
+    need(
+        dataset in CLASSES,
+        f"--checkpoint needs --dataset {', '.join(CLASSES)}: the file does not say what it was "
+        "trained on",
+    )
+    state = read_torch(Path(file))
+    need(
+        isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()),
+        f"{file}: is no dictionary of tensors, as the published checkpoints are",
+    )
+    classes, palette = CLASSES[dataset]
+    config = {
+        "model": {"num_classes": len(classes), "backbone": "resnet101", "rep_dim": 256},
+        "classes": classes,
+        "palette": palette,
+        "crop_size": RECIPES[dataset]["crop_size"] * 2,
+        "arguments": {"dataset": dataset, "data_path": None, "max_size": None},
+    }
+    model = Segmenter(config)
+    load_weights(model, convert_reco_checkpoint(state), file)
+    return model.eval()
