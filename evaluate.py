@@ -20,8 +20,11 @@ from tqdm import tqdm
 
 import data
 import run
-from data import IGNORE, UserError, need
-from models import upsample
+import transforms
+from errors import UserError, need
+from loaders import EvaluationImages
+from mixing import IGNORE
+from transforms import upsample
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -124,7 +127,7 @@ def predict_probabilities(
             )
         )
         for mirrored in (False, True) if flip else (False,):
-            x_in = data.normalise(x.flip(-1) if mirrored else x)
+            x_in = run.normalise(x.flip(-1) if mirrored else x)
             prob = (
                 tiled(model, x_in, window, size)
                 if window
@@ -169,14 +172,11 @@ def evaluation_loader(
     full_resolution: bool = False,
 ) -> DataLoader:
     """Every image exactly once over all processes; batches only where all images have one size."""
-    images = data.EvaluationImages(source, samples, full_resolution)
-    same_size = source.name in ("street", "cityscapes") or (
-        source.name in ("pascal", "sun") and not full_resolution
-    )
+    images = EvaluationImages(source, samples, full_resolution)
     mine = range(accelerator.process_index, len(samples), accelerator.num_processes)
     return DataLoader(
         Subset(images, mine),
-        batch_size=batch_size if same_size else 1,
+        batch_size=batch_size if source.one_size(full_resolution) else 1,
         num_workers=num_workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=run.quiet_worker,
@@ -203,7 +203,7 @@ def evaluate(
     for images, label, _ in tqdm(loader, desc=progress, unit="batch", leave=False, disable=silent):
         with accelerator.autocast():
             prob = predict_probabilities(
-                model, data.to_float(images, accelerator.device), **prediction
+                model, transforms.to_float(images, accelerator.device), **prediction
             )
         metrics.update(prob.argmax(dim=1), label.to(accelerator.device, non_blocking=True))
     model.train(training)

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import files
 import run
-from data import UserError, need
+import transforms
+from errors import UserError, need
 from evaluate import predict_probabilities, tile_starts
-from models import upsample
+from transforms import upsample
 
 ENDINGS = (".png", "_overlay.png", "_confidence.png")
 
@@ -45,19 +48,19 @@ def find_pictures(paths: list[str], out_dir: Path) -> dict[Path, Path]:
             root != out,
             f"--out-dir {out_dir}: is the folder of the pictures; choose another, or the masks would be taken for pictures next time",
         )
-        files = [
+        pictures = [
             p
             for p in sorted(path.rglob("*"))
-            if p.suffix.lower() in data.IMAGE_SUFFIXES
+            if p.suffix.lower() in files.IMAGE_SUFFIXES
             and p.is_file()
             and not any(part.startswith(".") for part in p.relative_to(path).parts)
             and not (root in out.parents and p.resolve().is_relative_to(out))
         ]  # earlier predictions
         need(
-            files,
-            f"{path}: holds no picture ({', '.join(data.IMAGE_SUFFIXES)}), nor do its sub-folders",
+            pictures,
+            f"{path}: holds no picture ({', '.join(files.IMAGE_SUFFIXES)}), nor do its sub-folders",
         )
-        for p in files:
+        for p in pictures:
             found.setdefault(
                 p.resolve(), (p, (Path(root.name) if several else Path()) / p.relative_to(path))
             )
@@ -80,21 +83,12 @@ def find_pictures(paths: list[str], out_dir: Path) -> dict[Path, Path]:
 
 
 def network_size(config: dict, height: int, width: int) -> tuple[int, int]:
-    """The size at which the network sees a picture: the resolution it was trained at, aspect kept. Cityscapes and SUN RGB-D are trained at one size:
-    the longer side is brought to theirs, up or down. A folder's images are at most --max-size on the longer side and Pascal's at most 500: larger
-    pictures are brought down. Street scenes have the scale of their pixels: a picture is taken as it is. A side has 32 pixels or more, so that
-    any backbone can halve it five times."""
-    dataset = config["arguments"]["dataset"]
-    fixed = {"cityscapes": 1024, "sun": 512}.get(dataset)
-    limit = {"pascal": 500, "folder": config["arguments"].get("max_size")}.get(dataset)
-    factor = (
-        fixed / max(height, width)
-        if fixed
-        else min(1.0, limit / max(height, width))
-        if limit
-        else 1.0
-    )
-    return max(32, round(height * factor)), max(32, round(width * factor))
+    """The size at which the network sees a picture, see `data.Source.prediction_size`."""
+    arguments = config["arguments"]
+    source = data.SOURCES[arguments["dataset"]]
+    if source.own_files:
+        source = replace(source, max_size=arguments.get("max_size"))
+    return source.prediction_size(height, width)
 
 
 @torch.no_grad()
@@ -109,7 +103,7 @@ def predict_picture(
     """Class uint8 [H, W] and its probability float32 [H, W] of every pixel of a picture uint8 [3, H, W]. The network sees it at `size`, in
     overlapping tiles where that is larger than a tile, and the probabilities are brought back to the picture's size a strip at a time: the memory
     needed depends on the tile and hardly on the picture. `options` are those of predict_probabilities."""
-    small, (height, width) = data.resize_image(image, size), image.shape[-2:]
+    small, (height, width) = transforms.resize_image(image, size), image.shape[-2:]
     label, confidence = np.empty((height, width), np.uint8), np.empty((height, width), np.float32)
     for (top, bottom, y), (left, right, x) in itertools.product(
         tiles(size[0], height, tile), tiles(size[1], width, tile)
@@ -117,7 +111,7 @@ def predict_picture(
         if not y or not x:  # the picture is so much smaller than `size` that no pixel falls here
             continue
         prob = predict_probabilities(
-            model, data.to_float(small[None, :, top:bottom, left:right], device), **options
+            model, transforms.to_float(small[None, :, top:bottom, left:right], device), **options
         )[0]  # [C, h, w]
         step = max(1, 2**23 // (len(prob) * len(x)))
         for strip in (y[i : i + step] for i in range(0, len(y), step)):
@@ -187,7 +181,7 @@ class Exported(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return upsample(self.model(data.normalise(images))[0], images.shape[-2:])
+        return upsample(self.model(run.normalise(images))[0], images.shape[-2:])
 
 
 def export_onnx(model: nn.Module, classes: list[str], path: Path) -> None:
@@ -310,7 +304,7 @@ def main() -> None:
         targets.items(), unit="picture", disable=None if targets else True, dynamic_ncols=True
     ):
         try:
-            image = data.read_image(picture)
+            image = files.read_image(picture)
         except Exception as error:  # decoders raise many kinds
             tqdm.write(
                 f"predict.py: {error if isinstance(error, UserError) else f'{picture}: cannot be read ({type(error).__name__})'}",

@@ -1,6 +1,7 @@
 """What every run needs and no experiment is about: options, the run's folder, checkpoint and resume, logging."""
 
 import argparse
+import functools
 import gc
 import io
 import json
@@ -28,9 +29,27 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import labels
+import loaders
 import models
-from data import UserError, need
+import transforms
+from errors import UserError, need
+from files import write, write_json
 from mixing import STRATEGIES
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+
+
+def normalise(images: Tensor) -> Tensor:
+    """[B, 3, H, W] in [0, 1] -> ImageNet mean 0 and deviation 1."""
+    return torch.stack([(images[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
+
+
+@functools.cache
+def mean_colour(device) -> Tensor:
+    """[3, 1, 1], the colour that normalises to 0."""
+    return torch.tensor(MEAN, device=device)[:, None, None]
+
 
 # Defaults by data set. lr is for `batch_size` images per step (the labelled ones; train_semi.py adds as many unlabelled,
 # train_supervised.py doubles them at the same rate, as in the paper).
@@ -57,6 +76,7 @@ RECIPES = {
     "cityscapes": PAPER | dict(crop_size=[512], scale=[1.0, 1.0], batch_size=2),
     "pascal": PAPER,
     "sun": PAPER | dict(batch_size=5),
+    "camvid": PAPER | dict(crop_size=[224], batch_size=4),
     "folder": PAPER | dict(batch_size=8),
     # no pretrained weights, 64x64 images: a small network of output stride 8 with a decoder at stride 2, and a higher rate
     "street": PAPER
@@ -152,7 +172,7 @@ def training_parser(description: str, semi: bool) -> Parser:
     )
     add(
         "--label-ratio",
-        choices=list(data.RATIOS),
+        choices=list(labels.RATIOS),
         help="partial labels: every image keeps 1 pixel, 1 %%, 5 %%, 25 %% of each class's pixels",
     )
     add("--labeled-list", metavar="FILE", help="a published split: one image per line")
@@ -525,23 +545,6 @@ def choose_folder(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     return Path(choice[0])
 
 
-def write(path: Path, writer) -> None:
-    """`data.atomic_write`, the folder made where needed; a full disk or a missing right is told in one line."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data.atomic_write(path, writer)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); what stood there before is whole"
-        ) from None
-
-
-def write_json(path: Path, content) -> None:
-    write(
-        path, lambda file: file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
-    )
-
-
 def write_torch(path: Path, content) -> None:
     buffer = io.BytesIO()  # in memory first: torch's own writer hides what the disk says
     torch.save(content, buffer)
@@ -639,7 +642,7 @@ def load_trained(args: argparse.Namespace, device) -> tuple[nn.Module, dict]:
     need(bool(args.run) != bool(args.checkpoint), "name either a run's folder or --checkpoint FILE")
     if args.checkpoint:
         need(
-            args.dataset not in (None, "street", "folder"),
+            args.dataset in ("cityscapes", "pascal", "sun"),
             "--checkpoint needs --dataset cityscapes, pascal or sun: the file does not say what it was trained on",
         )
         state = read_torch(Path(args.checkpoint))
@@ -647,11 +650,8 @@ def load_trained(args: argparse.Namespace, device) -> tuple[nn.Module, dict]:
             isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()),
             f"{args.checkpoint}: is no dictionary of tensors, as the published checkpoints are",
         )
-        classes, palette = {
-            "cityscapes": ([c[1] for c in data.CITYSCAPES], [c[2] for c in data.CITYSCAPES]),
-            "pascal": (data.PASCAL, data.voc_palette(21)),
-            "sun": (data.SUN, data.voc_palette(38)[1:]),
-        }[args.dataset]
+        source = data.SOURCES[args.dataset]
+        classes, palette = source.classes, source.palette
         config = {
             "model": {"num_classes": len(classes), "backbone": "resnet101", "rep_dim": 256},
             "classes": classes,
@@ -786,8 +786,8 @@ def new_model(
         "parameters": sum(p.numel() for p in model.parameters()),
         "classes": source.classes,
         "palette": source.palette,
-        "mean": data.MEAN,
-        "std": data.STD,
+        "mean": MEAN,
+        "std": STD,
         "crop_size": args.crop_size,
         "arguments": vars(args),
     }
@@ -974,10 +974,10 @@ class Record:
     ) -> DataLoader:
         """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index) for the steps that remain."""
         args, accelerator = self.args, self.accelerator
-        crops = data.TrainingCrops(
+        crops = loaders.TrainingCrops(
             self.source, samples, tuple(args.crop_size), scale, args.label_ratio, args.seed
         )
-        sampler = data.StepSampler(
+        sampler = loaders.StepSampler(
             len(samples),
             args.batch_size,
             self.step,
@@ -1076,7 +1076,7 @@ class Record:
         for loader in (
             self.loaders
         ):  # a batch is a function of (seed, step), so the offending one can be had again
-            one = data.StepSampler(
+            one = loaders.StepSampler(
                 **{**vars(loader.batch_sampler), "start": step, "stop": step + 1}
             )
             batches.append(
@@ -1165,7 +1165,7 @@ class Record:
             image, label, _ = self.val_loader.dataset.dataset[index]
             network.eval()
             confidence, prediction = evaluate.predict_probabilities(
-                network, data.to_float(image[None], device)
+                network, transforms.to_float(image[None], device)
             ).max(dim=1)
             network.train()
             rows.append(
@@ -1234,11 +1234,11 @@ class Record:
         ):
             image, label, _ = self.val_loader.dataset.dataset[index]
             rep = (
-                network(data.normalise(data.to_float(image[None], self.accelerator.device)))[1][0]
+                network(normalise(transforms.to_float(image[None], self.accelerator.device)))[1][0]
                 .float()
                 .cpu()
             )  # [D, h, w]
-            label = data.shrink_label(label[None], rep.shape[-2:])[0].flatten()
+            label = transforms.shrink_label(label[None], rep.shape[-2:])[0].flatten()
             for c in label.unique().tolist():
                 pixels = (label == c).nonzero()[:, 0]
                 pixels = (
@@ -1333,7 +1333,7 @@ def paint(label: Tensor, palette) -> Tensor:
 
 def denormalise(image: Tensor) -> Tensor:
     """Normalised [3, H, W] -> uint8."""
-    mean, std = torch.tensor(data.MEAN)[:, None, None], torch.tensor(data.STD)[:, None, None]
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return ((image * std + mean).clamp(0, 1) * 255).round().byte()
 
 
@@ -1409,7 +1409,7 @@ def launch(main) -> None:
         for bar in list(getattr(tqdm, "_instances", [])):
             bar.close()  # the line stands by itself
         text = (
-            str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
+            str(error).strip().splitlines()[-1].removeprefix("errors.UserError: ")
         )  # from a loader's process it comes with its traceback
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or STARTED:
             print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import data
+import labels
 import run
-from data import IGNORE
-from mixing import mix
+import transforms
+from mixing import IGNORE, mix
 from models import MeanTeacher, upsample
 from reco import reco_loss
 from train_supervised import mean_count, supervised_loss
@@ -43,7 +44,7 @@ def pseudo_label(
 ) -> tuple[Tensor, Tensor]:
     """The teacher's argmax and its probability, [B, H, W] each, at full resolution; known pixels ([B, H, W], 255 = unknown) overwrite them."""
     with accelerator.autocast():
-        logits, _ = teacher.label(data.normalise(images))
+        logits, _ = teacher.label(run.normalise(images))
     confidence, label = upsample(logits.float(), images.shape[-2:]).softmax(dim=1).max(dim=1)
     if known is not None:
         label = torch.where(known != IGNORE, known, label)
@@ -71,15 +72,15 @@ def train_step(
     as Accelerate wraps it; `partial`: the labels are sparse; `mark` is told when a part of the step is done (bench.py times them)."""
     device, warming_up = accelerator.device, step < args.warmup_iterations
     images_l, label_l = (
-        data.to_float(batch_l[0], device),
+        transforms.to_float(batch_l[0], device),
         batch_l[1].to(device, non_blocking=True).long(),
     )
     images_u, known_u = (
-        data.to_float(batch_u[0], device),
+        transforms.to_float(batch_u[0], device),
         batch_u[1].to(device, non_blocking=True).long(),
     )
     mark("data")
-    images, label_l, _ = data.augment(images_l, label_l, None, rng)
+    images, label_l, _ = transforms.augment(images_l, label_l, None, rng)
 
     if not warming_up:
         # the teacher labels the weakly cropped images, then the student's view of them is made: scale, crop, mix, colour, blur, flip
@@ -88,15 +89,15 @@ def train_step(
             teacher, images_u, known_u if partial else None, accelerator
         )
         mark("teacher")
-        images_u, label_u, confidence = data.batch_scale_crop(
+        images_u, label_u, confidence = transforms.batch_scale_crop(
             images_u, label_u, confidence, tuple(args.crop_size), tuple(args.scale), rng
         )
         images_u, label_u, confidence = mix(
-            images_u, label_u, confidence, args.mixing_strategy, fill=data.mean_colour(device)
+            images_u, label_u, confidence, args.mixing_strategy, fill=run.mean_colour(device)
         )
-        images_u, label_u, confidence = data.augment(images_u, label_u, confidence, rng)
+        images_u, label_u, confidence = transforms.augment(images_u, label_u, confidence, rng)
         images = torch.cat([images, images_u])
-    images = data.normalise(images)
+    images = run.normalise(images)
     mark("augmentation")
 
     # [2B, C, h, w], [2B, D, h, w] at the decoder's stride, labelled images first; [B, ...] while warming up
@@ -141,8 +142,10 @@ def train_step(
             if partial:  # beside the known pixels, those of which the student itself is sure
                 sure, own = full_l.softmax(dim=1).max(dim=1)
                 reco_label_l, valid_l = torch.where(valid_l, label_l, own), valid_l | (sure >= 0.97)
-            label = data.shrink_label(torch.cat([reco_label_l, label_u]), size)
-            valid = data.shrink_label(torch.cat([valid_l, confidence >= args.weak_threshold]), size)
+            label = transforms.shrink_label(torch.cat([reco_label_l, label_u]), size)
+            valid = transforms.shrink_label(
+                torch.cat([valid_l, confidence >= args.weak_threshold]), size
+            )
         contrast, stats = reco_loss(
             rep,
             label,
@@ -189,7 +192,7 @@ def main() -> None:
     folder = run.choose_folder(args, accelerator)
 
     source = data.load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
-    labelled, unlabelled, partial = data.divide(
+    labelled, unlabelled, partial = labels.divide(
         source,
         args.num_labeled,
         args.label_ratio,

@@ -10,8 +10,10 @@ import torch
 from torch.nn import functional as F
 
 import data
+import labels
 import run
-from data import IGNORE
+import transforms
+from mixing import IGNORE
 from models import upsample
 from reco import reco_loss
 
@@ -36,10 +38,13 @@ def train_step(
     """One step on a batch (images uint8 [B, 3, h, w], labels uint8 [B, h, w], ...) on the host. Returns what the curves show (name -> float []) and
     what the pictures show, as tensors that nobody has waited for yet; `mark` is told when a part of the step is done (bench.py times them)."""
     device = accelerator.device
-    images, label = data.to_float(batch[0], device), batch[1].to(device, non_blocking=True).long()
+    images, label = (
+        transforms.to_float(batch[0], device),
+        batch[1].to(device, non_blocking=True).long(),
+    )
     mark("data")
-    images, label, _ = data.augment(images, label, None, rng)
-    images = data.normalise(images)
+    images, label, _ = transforms.augment(images, label, None, rng)
+    images = run.normalise(images)
     mark("augmentation")
 
     logits, rep = student(images)  # [B, C, h, w], [B, D, h, w]
@@ -50,7 +55,7 @@ def train_step(
     mark("student forward")
 
     if args.reco:  # queries and keys from the labelled pixels alone
-        small = data.shrink_label(label, rep.shape[-2:])
+        small = transforms.shrink_label(label, rep.shape[-2:])
         contrast, stats = reco_loss(
             rep,
             small,
@@ -93,7 +98,7 @@ def main() -> None:
     folder = run.choose_folder(args, accelerator)
 
     source = data.load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
-    labelled, _, partial = data.divide(
+    labelled, _, partial = labels.divide(
         source,
         args.num_labeled,
         args.label_ratio,
