@@ -30,6 +30,8 @@ from tqdm import tqdm
 import data
 import evaluate
 import run
+import transforms
+from errors import need
 
 SEEDS, RUNS, HANDWRITING = (0, 1, 2), Path("runs/experiments"), "dataset/handwriting"
 RECO = ["train_semi.py", "--reco"]
@@ -199,7 +201,7 @@ def measure(results: Path, setting: str, method: str, rate: float, seed: int) ->
         done = subprocess.run(
             [sys.executable, *map(str, command)], env=env, capture_output=True, text=True
         )
-        data.need(
+        need(
             not done.returncode,
             f"{' '.join(map(str, command))}: failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}",
         )
@@ -278,7 +280,7 @@ def main() -> None:
             else SETTINGS[pair[0]][2] is LIGHT and pair[1] in METHODS
         )
     ]
-    data.need(
+    need(
         wanted,
         f"--only {' '.join(args.only or [])}: fits none of {', '.join(map(': '.join, PAIRS))}",
     )
@@ -290,7 +292,7 @@ def main() -> None:
         ),
         None,
     )
-    data.need(
+    need(
         not retired,
         f"{args.results / 'results.csv'}: holds runs of {': '.join(retired or ())}, which is no setting any more; remove these lines",
     )
@@ -508,7 +510,7 @@ def draw_streets(results: Path, rates: dict[str, float], scenes=(3, 11, 24, 42, 
     for i in scenes:
         image, label = source.read(source.test[i])
         predictions = [
-            evaluate.predict_probabilities(network, data.to_float(image[None], "cpu")).argmax(
+            evaluate.predict_probabilities(network, transforms.to_float(image[None], "cpu")).argmax(
                 dim=1
             )[0]
             for network in networks

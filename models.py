@@ -12,9 +12,9 @@ import re
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from data import UserError
+from errors import UserError
+from transforms import upsample
 
 
 class DeepLabV3Plus(nn.Module):
@@ -110,11 +110,6 @@ def head(in_channels: int, channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         *conv_bn_relu(in_channels, channels, 3), nn.Conv2d(channels, out_channels, 1)
     )
-
-
-def upsample(x: Tensor, size) -> Tensor:
-    """Bilinear, corners aligned, as everywhere in the paper's network."""
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 def build_backbone(

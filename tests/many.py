@@ -58,6 +58,9 @@ def run(command: list[str], cwd: str, environment: dict[str, str]) -> list:
             for name in (
                 "run",
                 "data",
+                "layouts",
+                "labels",
+                "loaders",
                 "evaluate",
                 "predict",
                 "models",

@@ -13,13 +13,15 @@ from torch import nn
 
 import data
 import evaluate
+import files
 import models
 import predict
 import run
+import transforms
 import trees
 from cli import ROOT, run_script
-from data import IGNORE
 from evaluate import Metrics, predict_probabilities, tile_starts
+from mixing import IGNORE
 from test_models import published_weights
 
 
@@ -43,7 +45,7 @@ def make_run(folder, dataset="street", data_path=None, max_size=1024, **network)
     model = models.DeepLabV3Plus(**shape, pretrained=False)
     images = torch.stack([data.street_scene("train", i)[0] for i in range(8)])
     for _ in range(20):
-        model(data.normalise(data.to_float(images, "cpu")))
+        model(run.normalise(transforms.to_float(images, "cpu")))
     run.write_weights(folder, model)
     run.write_json(
         folder / "config.json",
@@ -321,7 +323,8 @@ def test_table_and_json(own, script):
     for sample in source.val:
         image, label = source.read(sample)
         metrics.update(
-            predict_probabilities(model, data.to_float(image[None], "cpu")).argmax(1), label[None]
+            predict_probabilities(model, transforms.to_float(image[None], "cpu")).argmax(1),
+            label[None],
         )
     expected = metrics.results()
     assert {key: saved[key] for key in expected} == expected
@@ -403,12 +406,13 @@ def test_full_resolution(script, tmp_path):
             json.loads((folder / "evaluation-val.json").read_text())["confusion"]
         )
     labels = [
-        data.read_label(s.label, data.load_source("cityscapes", str(tree)).table, 19)
+        files.read_label(s.label, data.load_source("cityscapes", str(tree)).table)
         for s in data.load_source("cityscapes", str(tree)).val
     ]
     assert counted["full"] == sum((label != IGNORE).sum() for label in labels)
     assert counted["training"] == sum(
-        (data.resize_nearest(label, (512, 1024)) != IGNORE).sum() for label in labels
+        (transforms.resize_nearest(torch.from_numpy(label), (512, 1024)) != IGNORE).sum()
+        for label in labels
     )
 
 

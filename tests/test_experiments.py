@@ -5,7 +5,7 @@ import csv
 import pytest
 
 import experiments
-from data import UserError
+from errors import UserError
 from run import read_config
 
 SETTING = "20 labels"

@@ -10,7 +10,7 @@ import torch
 import run
 import train_semi
 import train_supervised
-from data import UserError
+from errors import UserError
 from models import DeepLabV3Plus, MeanTeacher, convert_reco_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"

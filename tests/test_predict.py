@@ -11,7 +11,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 import data
+import files
 import predict
+import transforms
 import trees
 from evaluate import predict_probabilities
 from test_evaluate import Constant, Pointwise, load, make_run, script  # noqa: F401 (script is a fixture)
@@ -71,9 +73,9 @@ def test_pictures_of_every_kind_and_size(street, script, tmp_path):
         stem = tmp_path / "out" / path.stem
         if path.suffix in (".webp", ".tif"):  # small.tif was first
             stem = tmp_path / "out" / {".tif": "small", ".webp": "small.webp"}[path.suffix]
-        image = data.read_image(path)
-        seen = data.resize_image(image, tuple(max(32, n) for n in image.shape[-2:]))
-        prob = predict_probabilities(model, data.to_float(seen[None], "cpu"))
+        image = files.read_image(path)
+        seen = transforms.resize_image(image, tuple(max(32, n) for n in image.shape[-2:]))
+        prob = predict_probabilities(model, transforms.to_float(seen[None], "cpu"))
         confidence, expected = F.interpolate(prob, size=image.shape[-2:], mode="bilinear")[0].max(
             dim=0
         )
@@ -225,9 +227,9 @@ def test_probabilities_are_brought_back_to_the_original_size(script, tmp_path):
     )
     scene(3, (150, 101)).save(tmp_path / "big.png")
     assert script(predict, folder, tmp_path / "big.png", "--out-dir", tmp_path / "out")[0] == 0
-    small = data.resize_image(data.read_image(tmp_path / "big.png"), (34, 50))
+    small = transforms.resize_image(files.read_image(tmp_path / "big.png"), (34, 50))
     prob = F.interpolate(
-        predict_probabilities(load(folder), data.to_float(small[None], "cpu")),
+        predict_probabilities(load(folder), transforms.to_float(small[None], "cpu")),
         size=(101, 150),
         mode="bilinear",
     )[0]
@@ -275,7 +277,10 @@ def test_twenty_megapixels_in_tiles():
 
 def test_options_reach_the_prediction(street, script, tmp_path):
     scene(4, (90, 70)).save(tmp_path / "a.png")
-    image, model = data.to_float(data.read_image(tmp_path / "a.png")[None], "cpu"), load(street)
+    image, model = (
+        transforms.to_float(files.read_image(tmp_path / "a.png")[None], "cpu"),
+        load(street),
+    )
     for i, (options, same) in enumerate(
         (
             (["--flip"], dict(flip=True)),
@@ -315,7 +320,7 @@ def test_suggestions(street, script, tmp_path):
     scores = {}
     for path in sorted((tmp_path / "in").iterdir()):
         prob = predict_probabilities(
-            load(street), data.to_float(data.read_image(path)[None], "cpu")
+            load(street), transforms.to_float(files.read_image(path)[None], "cpu")
         )
         scores[str(path)] = 1 - prob.max(dim=1).values.mean().item()
     status, out, err = script(
@@ -354,7 +359,9 @@ def test_onnx(street, script, tmp_path):
     for batch, size in ((1, (64, 64)), (3, (77, 130)), (2, (33, 1))):
         images = torch.stack(
             [
-                data.to_float(data.resize_image(data.street_scene("val", i)[0], size), "cpu")
+                transforms.to_float(
+                    transforms.resize_image(data.street_scene("val", i)[0], size), "cpu"
+                )
                 for i in range(batch)
             ]
         )

@@ -1,7 +1,8 @@
-"""Small data sets in the official layouts, written where a test wants them: true file names, true encodings, any size.
+"""Small data sets in the official layouts, written where a test wants them.
 
-Sizes are (height, width). Every scene is a few upright stripes and a box, each of one class, and a class has the same colour in every
-image, so a network can learn it. All of it is a function of the arguments.
+True file names, true encodings, any size (height, width). Every scene is a few upright stripes and
+a box, each of one class, and a class has the same colour in every image, so a network can learn it.
+All of it is a function of the arguments.
 """
 
 from pathlib import Path
@@ -10,27 +11,10 @@ import numpy as np
 from PIL import Image
 
 CITIES = ("aachen", "jena", "zurich")
-CITYSCAPES_IDS = (
-    7,
-    8,
-    11,
-    12,
-    13,
-    17,
-    19,
-    20,
-    21,
-    22,
-    23,
-    24,
-    25,
-    26,
-    27,
-    28,
-    31,
-    32,
-    33,
-)  # the others of 0-33 are void
+CITYSCAPES_IDS = (7, 8, *range(11, 14), 17, *range(19, 29), *range(31, 34))  # the others are void
+CITYSCAPES_TRAIN_IDS = [255] * 34  # cityscapesScripts, labels.py: the train id of each id
+for train_id, id_on_disk in enumerate(CITYSCAPES_IDS):
+    CITYSCAPES_TRAIN_IDS[id_on_disk] = train_id
 
 
 def voc_palette() -> list[int]:
@@ -44,7 +28,7 @@ def voc_palette() -> list[int]:
 
 
 def colour(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An image [H, W, 3] in which every value of a label map has its own colour, with some noise."""
+    """An image [H, W, 3]: every value of a label map has its own colour, with some noise."""
     lut = np.random.default_rng(0).integers(20, 236, (256, 3))
     return (lut[values] + rng.integers(-12, 13, (*values.shape, 3))).clip(0, 255).astype(np.uint8)
 
@@ -68,6 +52,23 @@ def save(path: Path, array: np.ndarray, palette: list[int] | None = None, **opti
     return path
 
 
+def raw(path) -> np.ndarray:
+    """The values that stand in a picture."""
+    return np.asarray(Image.open(path))
+
+
+def cut(path: Path, share: float = 0.6) -> None:
+    """Truncate a file."""
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def garble(path: Path) -> None:
+    """Overwrite some bytes in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 40] = bytes(40)
+    path.write_bytes(content)
+
+
 def cityscapes(
     root: Path,
     train: int = 4,
@@ -76,7 +77,9 @@ def cityscapes(
     classes: int = 19,
     seed: int = 0,
 ) -> Path:
-    """leftImg8bit and gtFine as extracted. Grey label PNGs of the 34 ids: each image holds some void ids and 12 or more of the first
+    """leftImg8bit and gtFine as extracted.
+
+    Grey label PNGs of the 34 ids: each image holds some void ids and 12 or more of the first
     `classes` classes (all of them when there are fewer)."""
     rng = np.random.default_rng([seed, 1])
     for part, number in (("train", train), ("val", val)):
@@ -87,12 +90,12 @@ def cityscapes(
             label = scene(size, chosen, rng)
             label[-max(1, size[0] // 8) :] = 1  # ego vehicle
             label[: max(1, size[0] // 16), : max(1, size[1] // 4)] = 4  # static
-            save(root / "leftImg8bit" / part / city / f"{stem}_leftImg8bit.png", colour(label, rng))
-            save(root / "gtFine" / part / city / f"{stem}_gtFine_labelIds.png", label)
-            save(
-                root / "gtFine" / part / city / f"{stem}_gtFine_instanceIds.png",
-                label.astype(np.uint16),
-            )  # lies beside it, is not read
+            image_file = root / "leftImg8bit" / part / city / f"{stem}_leftImg8bit.png"
+            label_file = root / "gtFine" / part / city / f"{stem}_gtFine_labelIds.png"
+            instances = label_file.with_name(f"{stem}_gtFine_instanceIds.png")
+            save(image_file, colour(label, rng))
+            save(label_file, label)
+            save(instances, label.astype(np.uint16))  # lies beside it, is not read
     return root
 
 
@@ -106,30 +109,26 @@ def pascal(
     classes: int = 21,
     seed: int = 0,
 ) -> Path:
-    """JPEGImages, ImageSets/Segmentation and SegmentationClass (palette PNGs, 255 along the borders of objects) of `train` and `val` images;
-    with `augmented` also SegmentationClassAug (grey PNGs), which covers those and `extra` training images more. Others lie about unlisted."""
+    """JPEGImages, ImageSets/Segmentation, and SegmentationClass of `train` and `val` images.
+
+    Those are palette PNGs, 255 along the borders of objects. With `augmented` also
+    SegmentationClassAug (grey PNGs), which covers those and `extra` training images more. Others
+    lie about unlisted."""
     rng = np.random.default_rng([seed, 2])
     names = [f"2007_{i:06d}" for i in range(train + val + extra + 1)]
     parts = {"train": names[:train], "val": names[train : train + val]}
     for i, name in enumerate(names):
-        label = scene(
-            size, [0, *(1 + (i * 3 + k) % (classes - 1) for k in range(min(3, classes - 1)))], rng
-        )
+        classes_here = [1 + (i * 3 + k) % (classes - 1) for k in range(min(3, classes - 1))]
+        label = scene(size, [0, *classes_here], rng)
         save(root / "JPEGImages" / f"{name}.jpg", colour(label, rng), quality=95)
         edge = np.zeros(size, bool)
         edge[:, 1:] = label[:, 1:] != label[:, :-1]
         edge[1:] |= label[1:] != label[:-1]
+        label[edge] = 255
         if i < train + val:
-            save(
-                root / "SegmentationClass" / f"{name}.png",
-                np.where(edge, 255, label).astype(np.uint8),
-                voc_palette(),
-            )
+            save(root / "SegmentationClass" / f"{name}.png", label, voc_palette())
         if augmented and i < train + val + extra:
-            save(
-                root / "SegmentationClassAug" / f"{name}.png",
-                np.where(edge, 255, label).astype(np.uint8),
-            )
+            save(root / "SegmentationClassAug" / f"{name}.png", label)
     lists = root / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
     for part, stems in parts.items():
@@ -146,16 +145,37 @@ def sun(
     offset: int = 5050,
     seed: int = 0,
 ) -> Path:
-    """The images are numbered from 1 in both folders; the label of training image n is number n + 5050, that of a test image has
-    its number. Grey label PNGs, 0 = void, 1-37 the classes."""
+    """The images are numbered from 1 in both folders.
+
+    The label of training image n is number n + 5050, that of a test image has its number. Grey
+    label PNGs, 0 = void, 1-37 the classes."""
     rng = np.random.default_rng([seed, 3])
     for part, number, shift in (("train", train, offset), ("test", test, 0)):
         for i in range(1, number + 1):
             label = scene(size, [0, *(1 + rng.permutation(37)[:5])], rng)
-            save(
-                root / f"SUNRGBD-{part}_images" / f"img-{i:06d}.jpg", colour(label, rng), quality=95
-            )
+            file = root / f"SUNRGBD-{part}_images" / f"img-{i:06d}.jpg"
+            save(file, colour(label, rng), quality=95)
             save(root / "sunrgbd_train_test_labels" / f"img-{i + shift:06d}.png", label)
+    return root
+
+
+def camvid(
+    root: Path,
+    train: int = 4,
+    val: int = 2,
+    test: int = 2,
+    size: tuple[int, int] = (45, 60),
+    seed: int = 0,
+) -> Path:
+    """CamVid/{train,val,test} and CamVid/{train,val,test}annot: grey label PNGs, 11 = void."""
+    rng = np.random.default_rng([seed, 5])
+    for part, number in (("train", train), ("val", val), ("test", test)):
+        for i in range(number):
+            name = f"0016E5_{len(part) * 1000 + i * 30:05d}.png"
+            label = scene(size, rng.permutation(11)[: 11 - i % 3].tolist(), rng)
+            label[-max(1, size[0] // 8) :] = 11
+            save(root / "CamVid" / part / name, colour(label, rng))
+            save(root / "CamVid" / f"{part}annot" / name, label)
     return root
 
 
@@ -171,21 +191,19 @@ def folder(
     suffix: str = ".png",
     seed: int = 0,
 ) -> Path:
-    """A user's own data: `train` labelled and `unlabelled` bare training images, `val` validation images, classes.txt. Labels are palette or index
-    PNGs; of a training label only the upper share `painted` is painted, the rest is 255."""
+    """A user's own data: `train` labelled and `unlabelled` more training images, `val` validation
+    images, classes.txt. Labels are palette or index PNGs; of a training label only the upper share
+    `painted` is painted, the rest is 255."""
     rng = np.random.default_rng([seed, 4])
-    for part, number, bare in (("train", train, unlabelled), ("val", val, 0)):
+    for part, number, more in (("train", train, unlabelled), ("val", val, 0)):
         (root / "labels" / part).mkdir(parents=True)
-        for i in range(number + bare):
+        for i in range(number + more):
             label = scene(size, list(range(classes)), rng)
             save(root / "images" / part / f"{part}_{i:03d}{suffix}", colour(label, rng))
             if part == "train" and painted < 1:
                 label[max(1, round(size[0] * painted)) :] = 255
             if i < number:
-                save(
-                    root / "labels" / part / f"{part}_{i:03d}.png",
-                    label,
-                    voc_palette() if palette else None,
-                )
+                file = root / "labels" / part / f"{part}_{i:03d}.png"
+                save(file, label, voc_palette() if palette else None)
     (root / "classes.txt").write_text("".join(f"thing {i}\n" for i in range(classes)))
     return root

@@ -1,0 +1,164 @@
+"""Reading images and label PNGs, writing files whole or not at all.
+
+Everything is decoded by Pillow. torchvision's decoders are a tenth (PNG) to a sixth (JPEG) faster,
+but a damaged PNG ends the process there.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from errors import UserError, need
+from mixing import IGNORE
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+OUTSIDE = 254  # in a value table: a value on disk that is no class
+LABEL_MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # Pillow's modes of one number per pixel
+EXIF_ORIENTATION = 0x0112
+
+
+# ------------------------------------------------------------------------------------- reading
+def open_image(
+    path: str | Path, size_needed: Callable[[int, int], tuple[int, int]] | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """A decoded picture, upright as its EXIF data say, and its height and width on disk.
+
+    `size_needed` gives for (height, width) the size that is asked for: a JPEG of twice that size
+    or more is decoded at a half, a quarter or an eighth, which is faster.
+    Raises UserError that names the file: missing, no image, truncated.
+    """
+    try:
+        image = Image.open(path)
+        width, height = image.size
+        if size_needed:
+            image.draft(None, size_needed(height, width)[::-1])
+        image.load()
+        quarter_turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+        ImageOps.exif_transpose(image, in_place=True)
+        return image, (width, height) if quarter_turned else (height, width)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        reason = "not an image that can be read" if os.path.getsize(path) else "is empty"
+        raise UserError(f"{path}: {reason}") from None
+    except Exception as error:  # decoders raise many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be decoded, truncated or damaged ({reason})") from None
+
+
+def to_rgb(image: Image.Image) -> Tensor:
+    """uint8 RGB [3, H, W]; grey, palette and alpha images are brought to RGB, 16 bits to 8."""
+    if image.mode.startswith(("I", "F")):  # Pillow would clip these at 255
+        values = np.asarray(image).astype(np.float64)
+        top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1.0)
+        image = Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # a palette may carry transparency
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def read_image(path: str | Path) -> Tensor:
+    """uint8 RGB [3, H, W] of any picture, upright. Raises UserError that names the file."""
+    return to_rgb(open_image(path)[0])
+
+
+def read_label(
+    path: str | Path,
+    table: np.ndarray,
+    size: tuple[int, int] | None = None,
+    origin: str = "",
+) -> np.ndarray:
+    """Class ids uint8 [H, W] of an index or palette PNG, 255 = not labelled.
+
+    table   uint8 [256]: value on disk -> class id, IGNORE, or OUTSIDE for a value that is no class
+    size    (H, W) on disk of the image that it belongs to, which the label must share
+    origin  what the message on a wrong value says of the allowed ones, e.g. where they are named
+    Raises UserError that names the file, the value and the allowed range.
+    """
+    image, stored = open_image(path)
+    need(
+        image.mode in LABEL_MODES,
+        f"{path}: is a {image.mode} picture; a label is an index or palette PNG that holds one "
+        "class number per pixel",
+    )
+    if size and stored != size:
+        raise UserError(
+            f"{path}: is {stored[1]}x{stored[0]} but its image is {size[1]}x{size[0]}; "
+            "they must have one size"
+        )
+    values = np.asarray(image)
+    if values.dtype not in (bool, np.uint8):  # 16 bits: nothing beyond a byte is a class
+        values = np.where((values < 0) | (values > IGNORE), OUTSIDE, values)
+    label = table.take(values.astype(np.uint8))
+    wrong = label == OUTSIDE
+    if wrong.any():
+        allowed = np.flatnonzero(table[:IGNORE] != OUTSIDE)
+        raise UserError(
+            f"{path}: holds the value {np.asarray(image)[wrong].min()}, which is no class; "
+            f"allowed are {allowed[0]} to {allowed[-1]}{origin}, and 255 = not labelled"
+        )
+    return label
+
+
+def stamp(*paths: str | None) -> list[list[int]]:
+    """What changes when one of the files changes: size and time of modification of each."""
+    try:
+        stats = [os.stat(path) for path in paths if path]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    return [[s.st_size, s.st_mtime_ns] for s in stats]
+
+
+# ------------------------------------------------------------------------------------- writing
+def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the whole new one.
+
+    `writer` gets the open binary file. A write that fails leaves nothing under the final name.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(partial, "wb") as file:
+            writer(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None:
+    """`atomic_write`, the folder made where needed. A full disk or a missing right: UserError."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, writer)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "what stood there before is whole"
+        ) from None
+
+
+def write_json(path: str | Path, content) -> None:
+    """`write` of JSON; what JSON does not know is written as text."""
+    text = json.dumps(content, indent=1, default=str) + "\n"
+    write(path, lambda file: file.write(text.encode()))
+
+
+def write_cache(path: Path, writer: Callable[[BinaryIO], object]) -> None:
+    """`atomic_write` of what only saves time: where it cannot be written the run goes on."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, writer)
+    except OSError:
+        pass  # a full disk or a missing right: the same work is done once more the next time

@@ -1,0 +1,323 @@
+"""Which images and which of their pixels count as labelled.
+
+The labelled split, published lists of images, a user's own labels, and partial labels.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import files
+from data import Sample, Source
+from errors import UserError, need, note
+from mixing import IGNORE
+from transforms import resize_nearest
+
+RATIOS = {"p0": 0, "p1": 1, "p5": 5, "p25": 25}  # partial labels: per cent of a class's pixels
+READ_AT_ONCE = 32  # labels
+
+
+# ------------------------------------------------------------------------- what the labels hold
+def label_index(source: Source, samples: list[Sample], quiet: bool = True) -> Iterator[dict]:
+    """For each sample in turn {"classes": ids in its label, "share": labelled share of its pixels}.
+
+    Labels are read lazily, checked, and remembered by path, size and time of change of the files: a
+    changed file is read again.
+    """
+    path = index_path(source)
+    known = read_index(path, len(source.classes))
+    before = dict(known)
+
+    def entry_of(sample: Sample) -> dict:
+        if sample.drawn:
+            return inspect_label(source, sample)
+        name, stamp = sample.label or sample.image, files.stamp(sample.image, sample.label)
+        if name not in known or known[name].get("stamp") != stamp:
+            known[name] = {"stamp": stamp, **inspect_label(source, sample)}
+        return known[name]
+
+    try:
+        with (
+            tqdm(
+                samples,
+                desc="reading labels",
+                unit="file",
+                disable=quiet or None,  # None: shown on a terminal alone
+                leave=False,
+                delay=1,
+            ) as bar,
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # decoding needs no lock
+        ):
+            for start in range(0, len(samples), READ_AT_ONCE):
+                for entry in pool.map(entry_of, samples[start : start + READ_AT_ONCE]):
+                    bar.update()
+                    yield entry
+    finally:
+        if known != before:
+            files.write_cache(path, lambda file: file.write(json.dumps(known).encode()))
+
+
+def index_path(source: Source) -> Path:
+    """Where what the labels of a data set hold is remembered; one file for all seeds."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = source.cache_dir or Path(user_cache) / "reco-segmentation"
+    content = [
+        source.name,
+        source.classes,
+        source.size,
+        source.max_size,
+        os.path.abspath(source.train[0].image),
+    ]
+    return folder / f"labels-{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}.json"
+
+
+def read_index(path: Path, num_classes: int) -> dict[str, dict]:
+    """The remembered entries that make sense; none where there is no such file, or not ours."""
+    ids = set(range(num_classes))
+    try:
+        return {
+            name: entry
+            for name, entry in json.loads(path.read_text()).items()
+            if set(entry["classes"]) <= ids and 0 <= entry["share"] <= 1
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def inspect_label(source: Source, sample: Sample) -> dict:
+    """What a label holds. Of a user's own data the image is decoded too (a JPEG at an eighth) and
+    the label is counted at full size, so that every file is known to be sound before the training
+    begins."""
+    stored = None
+    if source.own_files:
+        _, stored = files.open_image(sample.image, lambda height, width: (1, 1))
+    if not sample.label:
+        return {"classes": [], "share": 0.0}
+    if sample.drawn:
+        label = source.read(sample)[1].numpy()
+    else:
+        label = source.read_label(sample, stored)
+        if not source.own_files:
+            size = source.training_size(*label.shape)
+            label = resize_nearest(torch.from_numpy(label), size).numpy()
+    count = np.bincount(label.ravel(), minlength=256)
+    return {
+        "classes": np.flatnonzero(count[:IGNORE]).tolist(),
+        "share": 1 - int(count[IGNORE]) / label.size,
+    }
+
+
+# --------------------------------------------------------------------------- labelled images
+def labelled_split(source: Source, number: int, seed: int, quiet: bool = True) -> list[Sample]:
+    """`number` training images that together show every class (paper, section 4.1).
+
+    A walk over a seeded shuffle of the sorted names, see `choose_images`. Deterministic in (data,
+    number, seed); labels are read no further than the walk goes.
+    """
+    candidates = sorted((s for s in source.train if s.label), key=lambda sample: sample.name)
+    need(
+        number <= len(candidates),
+        f"--num-labeled {number}: the data set has only {len(candidates)} labelled training images",
+    )
+    order = np.random.default_rng([seed, 1]).permutation(len(candidates))
+    candidates = [candidates[i] for i in order]
+    seen: list[set[int]] = []  # classes of the first candidates, as far as they are read
+    with closing(label_index(source, candidates, quiet)) as index:
+
+        def classes_of(i: int) -> set[int]:
+            while len(seen) <= i:
+                seen.append(set(next(index)["classes"]))
+            return seen[i]
+
+        chosen = choose_images(
+            classes_of, len(candidates), number, len(source.classes), source.min_classes
+        )
+    return [candidates[i] for i in chosen]
+
+
+def choose_images(
+    classes_of: Callable[[int], set[int]],
+    candidates: int,
+    number: int,
+    num_classes: int,
+    min_classes: int,
+) -> list[int]:
+    """`number` of the images 0, 1, ... `candidates` - 1 so that every class is seen.
+
+    The walk takes an image if it holds a class that is least often taken so far and at least
+    `min_classes` classes; images passed over are tried again when the walk ends. After a walk in
+    vain the first image of a class not yet seen is taken, however few its classes; a class that no
+    remaining image could add is no longer waited for; last, images with few classes will do.
+    """
+    taken, remaining = [], list(range(candidates))
+    times = np.zeros(num_classes, int)  # how often each class is taken
+    waited_for = set(range(num_classes))
+
+    def rarest() -> set[int]:
+        fewest = min(times[c] for c in waited_for)
+        return {c for c in waited_for if times[c] == fewest}
+
+    def take(i: int) -> None:
+        taken.append(i)
+        remaining.remove(i)
+        times[list(classes_of(i))] += 1
+
+    while len(taken) < number:
+        before = len(taken)
+        for i in list(remaining):
+            if len(classes_of(i)) >= min_classes and rarest() & classes_of(i):
+                take(i)
+            if len(taken) == number:
+                return taken
+        if len(taken) > before:
+            continue
+        rare = rarest()
+        never_taken = all(times[c] == 0 for c in rare)
+        showing = [i for i in remaining if rare & classes_of(i)]
+        if never_taken and showing:
+            take(showing[0])
+        elif waited_for - rare:
+            waited_for -= rare
+        elif min_classes > 1:
+            waited_for, min_classes = set(range(num_classes)), 1
+        else:
+            taken += remaining[: number - len(taken)]
+    return taken
+
+
+def published_split(source: Source, path: str | Path) -> list[Sample]:
+    """The images that a split file names, one per line, in its order.
+
+    A line is a bare name or a path, with or without the label's path after it.
+    """
+    file, by_name, chosen = Path(path), {s.name: s for s in source.train}, {}
+    need(file.is_file(), f"--labeled-list {path}: no such file")
+    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        first = line.split()[0]
+        names = [  # a user's file name may hold spaces, so the whole line is tried first
+            name
+            for image in (Path(line.strip()), Path(first))
+            for name in (image.name, image.stem, image.stem.removesuffix("_leftImg8bit"))
+        ]
+        sample = next((by_name[name] for name in names if name in by_name), None)
+        where = f"{path}, line {number}"
+        need(sample, f"{where}: {first} is no training image of this data set")
+        need(sample.label, f"{where}: {sample.image} has no label")
+        chosen[sample.name] = sample
+    need(chosen, f"--labeled-list {path}: names no image")
+    return list(chosen.values())
+
+
+def check_folder(source: Source, quiet: bool = True) -> bool:
+    """Read every file of a user's own data once (then it is remembered).
+
+    Raises UserError for what cannot be used. True where the labels are sparse: a quarter of them or
+    more cover less than half of their pixels, so all count as partial.
+    """
+    samples = source.train + source.val
+    entries = dict(zip(samples, label_index(source, samples, quiet), strict=True))
+    labelled = {sample: entry for sample, entry in entries.items() if sample.label}
+    present = set().union(*(entry["classes"] for entry in labelled.values()))
+    absent = [name for c, name in enumerate(source.classes) if c not in present]
+    void = next((sample for sample, entry in labelled.items() if entry["share"] < 1), None)
+    if present == {0} and void:
+        raise UserError(
+            f"{void.label}: like all other labels it holds nothing but 0 and 255, as a 0/255 mask; "
+            "255 means not labelled, so use 0/1"
+        )
+    if absent and not quiet:
+        more = " ..." if len(absent) > 5 else ""
+        note(f"no label holds {', '.join(absent[:5])}{more}, which classes.txt names")
+    sparse = [entries[s]["share"] < 0.5 for s in source.train if s.label]
+    return bool(np.mean(sparse) >= 0.25)
+
+
+def divide(
+    source: Source,
+    num_labeled: int,
+    label_ratio: str | None,
+    labeled_list: str | None,
+    seed: int,
+    quiet: bool = True,
+) -> tuple[list[Sample], list[Sample], bool]:
+    """The labelled images, the unlabelled images, and whether labels are partial.
+
+    Unlabelled images come without their label, but for partial labels, where every image takes
+    part in both roles and keeps the pixels that are known. Where no image is left over (every image
+    labelled) all are used without their labels.
+    """
+    sparse = source.own_files and check_folder(source, quiet)
+    if labeled_list:
+        labelled = published_split(source, labeled_list)
+    elif num_labeled:
+        labelled = labelled_split(source, num_labeled, seed, quiet)
+    else:
+        labelled = [sample for sample in source.train if sample.label]
+    chosen = set(labelled)
+    if label_ratio or sparse:
+        both = [s if s in chosen else replace(s, label=None) for s in source.train]
+        return labelled, both, True
+    others = [s for s in source.train if s not in chosen] or source.train
+    return labelled, [replace(s, label=None) for s in others], False
+
+
+# ------------------------------------------------------------------------------ partial labels
+def partial_label(label: np.ndarray, ratio: str, seed: int, name: str) -> np.ndarray:
+    """The label (uint8 [H, W]) with all but a few pixels of each class set to 255; section 4.2.
+
+    p0 keeps one uniformly drawn pixel per class. pX starts from that pixel and grows a square, 5x5
+    dilation by 5x5 dilation, until at least int(X % of the class's pixels) are covered: after k
+    dilations the pixels of the class within Chebyshev distance 2k. So the level at which each pixel
+    is reached is known at once, and one bincount over (class, level) gives the level at which every
+    class stops. A pure function of (label, ratio, seed, name).
+    """
+    counts, rows, columns = draw_pixels(label, seed, name)
+    classes = np.flatnonzero(counts)
+    if ratio == "p0":
+        kept = np.full_like(label, IGNORE)
+        kept[rows[classes], columns[classes]] = classes
+        return kept
+    height, width = label.shape
+    down, across = np.arange(height, dtype=np.int16)[:, None], np.arange(width, dtype=np.int16)
+    distance = np.maximum(np.abs(down - rows.take(label)), np.abs(across - columns.take(label)))
+    level = (distance + np.int16(1)) >> np.int16(1)  # the dilation that reaches the pixel
+    levels = int(level.max()) + 1
+    key = label.astype(np.intp) * levels + level
+    reached = np.bincount(key.ravel(), minlength=256 * levels).reshape(256, levels).cumsum(axis=1)
+    wanted = np.maximum(counts * RATIOS[ratio] // 100, 1)  # the drawn pixel itself at least
+    last = (reached >= wanted[:, None]).argmax(axis=1)
+    keep = (np.arange(levels) <= last[:, None]) & (counts > 0)[:, None]  # [class, level]
+    return np.where(keep, np.arange(256)[:, None], IGNORE).astype(np.uint8).take(key)
+
+
+def draw_pixels(
+    label: np.ndarray, seed: int, name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How many pixels each class has, and row and column of one drawn from them; each [256]."""
+    height = len(label)
+    row_keys = label + 256 * np.arange(height)[:, None]
+    up_to_row = np.bincount(row_keys.ravel(), minlength=256 * height)
+    up_to_row = up_to_row.reshape(height, 256).cumsum(axis=0)  # pixels of a class down to a row
+    counts = up_to_row[-1] * (np.arange(256) != IGNORE)
+    # a draw for every class id, so that the classes of an image do not shift one another's
+    draws = np.random.default_rng([seed, zlib.crc32(name.encode())]).random(256)
+    rows, columns = np.zeros(256, np.int16), np.zeros(256, np.int16)
+    for c in np.flatnonzero(counts):
+        index = int(draws[c] * counts[c])  # of the drawn pixel, counted row by row
+        row = np.searchsorted(up_to_row[:, c], index, side="right")
+        before = up_to_row[row - 1, c] if row else 0
+        rows[c], columns[c] = row, np.flatnonzero(label[row] == c)[index - before]
+    return counts, rows, columns
