@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import processes
 import run
 import train_semi
 import train_supervised
@@ -244,4 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    processes.launch(main)

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import data
+import loaders
+import processes
 import run
 from data import IGNORE, UserError, need
 from models import upsample
@@ -160,33 +162,10 @@ def tile_starts(length: int, tile: int) -> list[int]:
     return [round(i * (length - tile) / (number - 1)) for i in range(number)] if number > 1 else [0]
 
 
-def evaluation_loader(
-    source: data.Source,
-    samples: list[data.Sample],
-    batch_size: int,
-    num_workers: int,
-    accelerator: Accelerator,
-    full_resolution: bool = False,
-) -> DataLoader:
-    """Every image exactly once over all processes; batches only where all images have one size."""
-    images = data.EvaluationImages(source, samples, full_resolution)
-    same_size = source.name in ("street", "cityscapes") or (
-        source.name in ("pascal", "sun") and not full_resolution
-    )
-    mine = range(accelerator.process_index, len(samples), accelerator.num_processes)
-    return DataLoader(
-        Subset(images, mine),
-        batch_size=batch_size if same_size else 1,
-        num_workers=num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=run.quiet_worker,
-    )
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: DataLoader,
+    loader: loaders.Loader,
     num_classes: int,
     accelerator: Accelerator,
     progress: str = "",
@@ -288,7 +267,11 @@ def main() -> None:
         f"--json {path}: {path.parent} is no folder that can be written to",
     )
 
-    accelerator = Accelerator()
+    if args.num_workers:
+        processes.start_server()
+    accelerator = Accelerator(
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=processes.COLLECTIVE_LIMIT)]
+    )
     model, config = run.load_trained(args, accelerator.device)
     saved = config["arguments"]
     dataset = args.dataset or saved["dataset"]
@@ -308,11 +291,16 @@ def main() -> None:
         )
     samples = [s for s in getattr(source, args.split) if s.label]
     need(samples, f"--split {args.split}: {dataset} has no labelled images there")
-    loader = evaluation_loader(
-        source, samples, args.batch_size, args.num_workers, accelerator, args.full_resolution
+    loader = loaders.evaluation_loader(
+        loaders.EvaluationImages(source, samples, args.full_resolution),
+        args.batch_size,
+        args.num_workers,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.device.type == "cuda",
     )
     window = tuple(config["crop_size"]) if args.sliding_window else None
-    run.STARTED = True  # a process that meets a broken file says so itself
+    processes.speak_for_itself()
     results, confusion = evaluate(
         model,
         loader,
@@ -342,4 +330,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    processes.launch(main)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import processes
 import run
 from data import UserError, need
 from evaluate import predict_probabilities, tile_starts
@@ -350,4 +351,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    processes.launch(main)

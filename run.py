@@ -1,34 +1,36 @@
 """What every run needs and no experiment is about: options, the run's folder, checkpoint and resume, logging."""
 
 import argparse
-import gc
 import io
 import json
 import math
 import os
 import shlex
-import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import evaluate
+import loaders
 import models
+import processes
 from data import UserError, need
 from mixing import STRATEGIES
 
@@ -699,12 +701,17 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
         else None
     )
+    if args.num_workers:
+        processes.start_server()
     accelerator = Accelerator(
         mixed_precision=keep,
         log_with=None if args.log_with == "none" else args.log_with,
         project_dir=".",
         dynamo_backend="inductor" if args.compile else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=True),
+            InitProcessGroupKwargs(timeout=processes.COLLECTIVE_LIMIT),
+        ],
     )
     need(
         accelerator.mixed_precision != "fp16" or accelerator.device.type != "cpu",
@@ -793,31 +800,7 @@ def new_model(
     }
 
 
-def quiet_worker(_: int) -> None:
-    """A loader's process: one thread, and out of the reach of signals to the whole group. The main process decides, and ends it."""
-    torch.set_num_threads(1)
-    os.setsid()
-    signal.signal(
-        signal.SIGTERM, signal.SIG_DFL
-    )  # not the main process's handler, which the fork brought along
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 # ---------------------------------------------------------------------------------------------------------- the record
-class Stop:
-    """SIGTERM and Ctrl-C ask for a stop at the next step; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, frame) -> None:
-        if self.signal == signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
 class Record:
     """What is seen and kept of a run: start line, progress bar, curves, pictures, validation, the best weights, checkpoints. It trains nothing."""
 
@@ -840,21 +823,24 @@ class Record:
             source,
             config,
         )
-        self.main, processes = accelerator.is_main_process, accelerator.num_processes
+        self.main, world = accelerator.is_main_process, accelerator.num_processes
         self.step, self.best, self.history, self.skipped, self.loaders = 0, None, [], 0, []
         self.sums, self.since, self.first_bad, self.bad_parts = {}, time.monotonic(), None, None
         self.control = (
-            torch.distributed.new_group(backend="gloo") if processes > 1 else None
+            torch.distributed.new_group(backend="gloo", timeout=processes.COLLECTIVE_LIMIT)
+            if world > 1
+            else None
         )  # carries a signal round without the device
         self.base_rate = (
-            args.lr if args.lr_given else args.lr * args.batch_size * processes / args.recipe_batch
+            args.lr if args.lr_given else args.lr * args.batch_size * world / args.recipe_batch
         )
-        self.val_loader = evaluate.evaluation_loader(
-            source,
-            source.val,
+        self.val_loader = loaders.evaluation_loader(
+            loaders.EvaluationImages(source, source.val),
             4 if source.name != "street" else 50,
             min(2, args.num_workers),
-            accelerator,
+            accelerator.process_index,
+            world,
+            accelerator.device.type == "cuda",
         )
         if state:
             self.step, self.best, self.history, self.skipped = (
@@ -868,7 +854,7 @@ class Record:
             differing = [
                 f"{what} {now} (the run: {saved[key]})"
                 for key, what, now in (
-                    ("processes", "processes", processes),
+                    ("processes", "processes", world),
                     ("mixed_precision", "mixed precision", accelerator.mixed_precision),
                 )
                 if saved[key] != now
@@ -886,9 +872,8 @@ class Record:
         self.names_labelled, self.begun, self.writer = [s.name for s in labelled], False, None
         self.announce(labelled, unlabelled, partial)
         self.bar = None
-        self.stop, self.stopping = Stop(), 0
-        global STARTED
-        STARTED = True
+        self.stop, self.stopping = processes.Stop(), 0
+        processes.speak_for_itself()
 
     def begin(self) -> None:
         """Open the run's folder: after the first step (--init-from: before its first validation), so that bad input found until then leaves nothing behind."""
@@ -929,6 +914,7 @@ class Record:
                 )
             else:
                 accelerator.init_trackers("reco", config=self.plain_arguments)
+        self.val_loader.start()  # beside the next steps, so that a validation starts no process
 
     def say(self, text: str) -> None:
         if self.main:
@@ -971,13 +957,13 @@ class Record:
 
     def loader(
         self, samples: list[data.Sample], stream: int, scale: tuple[float, float]
-    ) -> DataLoader:
+    ) -> loaders.Loader:
         """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index) for the steps that remain."""
         args, accelerator = self.args, self.accelerator
-        crops = data.TrainingCrops(
+        crops = loaders.TrainingCrops(
             self.source, samples, tuple(args.crop_size), scale, args.label_ratio, args.seed
         )
-        sampler = data.StepSampler(
+        sampler = loaders.StepSampler(
             len(samples),
             args.batch_size,
             self.step,
@@ -987,14 +973,10 @@ class Record:
             accelerator.process_index,
             accelerator.num_processes,
         )
+        name = ("labelled", "unlabelled")[stream]
+        pin_memory = accelerator.device.type == "cuda"
         self.loaders.append(
-            DataLoader(
-                crops,
-                batch_sampler=sampler,
-                num_workers=args.num_workers,
-                pin_memory=accelerator.device.type == "cuda",
-                worker_init_fn=quiet_worker,
-            )
+            loaders.training_loader(name, crops, sampler, args.num_workers, pin_memory)
         )
         return self.loaders[-1]
 
@@ -1073,15 +1055,9 @@ class Record:
             return
         step = int(self.first_bad)
         batches = []
-        for loader in (
-            self.loaders
-        ):  # a batch is a function of (seed, step), so the offending one can be had again
-            one = data.StepSampler(
-                **{**vars(loader.batch_sampler), "start": step, "stop": step + 1}
-            )
-            batches.append(
-                torch.utils.data.default_collate([loader.dataset[key] for key in next(iter(one))])
-            )
+        for loader in self.loaders:  # a batch is a function of (seed, step), so it can be had again
+            items = [loader.dataset[key] for key in loader.sampler.batch(step)]
+            batches.append(torch.utils.data.default_collate(items))
         path = self.folder / f"nonfinite-step{step}-process{self.accelerator.process_index}.pt"
         write_torch(path, batches)
         parts = ", ".join(
@@ -1162,7 +1138,7 @@ class Record:
             .long()
             .tolist()
         ):
-            image, label, _ = self.val_loader.dataset.dataset[index]
+            image, label, _ = self.val_loader.dataset[index]
             network.eval()
             confidence, prediction = evaluate.predict_probabilities(
                 network, data.to_float(image[None], device)
@@ -1232,7 +1208,7 @@ class Record:
             .long()
             .tolist()
         ):
-            image, label, _ = self.val_loader.dataset.dataset[index]
+            image, label, _ = self.val_loader.dataset[index]
             rep = (
                 network(data.normalise(data.to_float(image[None], self.accelerator.device)))[1][0]
                 .float()
@@ -1396,35 +1372,6 @@ def heat_map(matrix: Tensor, names: list[str]) -> Tensor:
                     anchor="mm",
                 )
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def launch(main) -> None:
-    """Run a script; what the user can mend is one line on stderr and exit status 2."""
-    warnings.filterwarnings(
-        "ignore", message=".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier).*"
-    )
-    try:
-        main()
-    except (UserError, OSError) as error:  # a full disk reaches us from TensorBoard's writer, too
-        for bar in list(getattr(tqdm, "_instances", [])):
-            bar.close()  # the line stands by itself
-        text = (
-            str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
-        )  # from a loader's process it comes with its traceback
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or STARTED:
-            print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    else:
-        return
-    gc.collect()  # the error held the loaders' iterators in a cycle; freed now, they end their processes in order
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(status)  # the others may wait in a collective; the launcher ends them
-    sys.exit(status)
-
-
-STARTED = False  # once the loaders exist every process reports its own errors: the others do not have them
 
 
 def resume_command(args: argparse.Namespace, folder: Path) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import data
+import processes
 import run
 from data import IGNORE
 from mixing import mix
@@ -246,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    processes.launch(main)

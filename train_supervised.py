@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import data
+import processes
 import run
 from data import IGNORE
 from models import upsample
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    processes.launch(main)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
+import loaders
 import trees
 from data import IGNORE, Sample, UserError
 
@@ -762,7 +763,7 @@ def test_evaluation_images_are_padded_as_the_protocol_says(tmp_path):
     ):
         root = getattr(trees, kind)(tmp_path / f"{kind}{size[0]}", size=size)
         source = load(kind, root)
-        image, label, index = data.EvaluationImages(source, source.val)[1]
+        image, label, index = loaders.EvaluationImages(source, source.val)[1]
         whole, inside = source.read(source.val[1])
         height, width = inside.shape
         assert (
@@ -778,7 +779,7 @@ def test_evaluation_images_are_padded_as_the_protocol_says(tmp_path):
         if width < expected[1]:
             assert torch.equal(image[:, :height, width], whole[:, :, width - 2])  # reflected
         original = Image.open(source.val[1].image)
-        assert data.EvaluationImages(source, source.val, full_resolution=True)[1][0].shape == (
+        assert loaders.EvaluationImages(source, source.val, full_resolution=True)[1][0].shape == (
             3,
             original.height,
             original.width,
@@ -787,10 +788,10 @@ def test_evaluation_images_are_padded_as_the_protocol_says(tmp_path):
 
 def test_a_crop_is_a_function_of_index_and_seed_in_whichever_worker(tmp_path):
     source = load("pascal", trees.pascal(tmp_path))
-    crops = data.TrainingCrops(source, source.train, (40, 40), (0.5, 1.5), "p5", 3)
+    crops = loaders.TrainingCrops(source, source.train, (40, 40), (0.5, 1.5), "p5", 3)
 
     def batches(workers: int):
-        sampler = data.StepSampler(len(crops), 4, 2, 6, seed=1, stream=0)
+        sampler = loaders.StepSampler(len(crops), 4, 2, 6, seed=1, stream=0)
         return list(DataLoader(crops, batch_sampler=sampler, num_workers=workers))
 
     for (image, label, index), (other, other_label, other_index) in zip(
@@ -806,11 +807,11 @@ def test_a_crop_is_a_function_of_index_and_seed_in_whichever_worker(tmp_path):
 
 def test_batches_are_a_function_of_seed_stream_and_step():
     def steps(start, stop, rank=0, world=1, seed=0, stream=0, batch=6):
-        return list(data.StepSampler(50, batch, start, stop, seed, stream, rank, world))
+        return list(loaders.StepSampler(50, batch, start, stop, seed, stream, rank, world))
 
     whole = steps(0, 10)
     assert (
-        steps(4, 10) == whole[4:] and len(data.StepSampler(50, 6, 4, 10, 0, 0)) == 6
+        steps(4, 10) == whole[4:] and len(loaders.StepSampler(50, 6, 4, 10, 0, 0)) == 6
     )  # a resumed run goes on in the order
     assert whole != steps(0, 10, seed=1) and whole != steps(0, 10, stream=1)
     halves = [steps(0, 10, rank, 2, batch=3) for rank in range(2)]

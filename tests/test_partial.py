@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import data
+import loaders
 from data import IGNORE, partial_label
 
 
@@ -120,12 +121,13 @@ def test_fast_enough_for_a_loader():
 
 def test_training_crops_keep_the_same_pixels(tmp_path):
     source = data.load_source("street", None)
-    crops = data.TrainingCrops(source, source.train[:2], (64, 64), (1.0, 1.0), "p0", 7)
+    crops = loaders.TrainingCrops(source, source.train[:2], (64, 64), (1.0, 1.0), "p0", 7)
     _, label, _ = crops[0, 1]
     assert torch.equal(label, crops[0, 2][1])  # whatever is drawn for the crop
     full = source.read(source.train[0])[1]
     known = label != IGNORE
     assert torch.equal(label[known], full[known]) and known.sum() == len(full.unique())
     assert not torch.equal(
-        label, data.TrainingCrops(source, source.train[:2], (64, 64), (1.0, 1.0), "p0", 8)[0, 1][1]
+        label,
+        loaders.TrainingCrops(source, source.train[:2], (64, 64), (1.0, 1.0), "p0", 8)[0, 1][1],
     )

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import processes
 import run
 import trees
 from cli import ENVIRONMENT, ROOT, fork, run_many, run_script
@@ -364,9 +365,9 @@ def test_what_the_system_refuses_is_one_line(capsys, monkeypatch):
         raise OSError(28, "No space left on device", "runs/events")
 
     monkeypatch.setattr("sys.argv", ["train_semi.py"])
-    monkeypatch.setattr(run, "STARTED", True)
+    monkeypatch.setattr(processes, "_own_errors", True)
     with pytest.raises(SystemExit) as end:
-        run.launch(main)
+        processes.launch(main)
     assert (
         end.value.code == 2
         and capsys.readouterr().err
