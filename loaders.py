@@ -19,10 +19,11 @@ from mixing import IGNORE
 POLL = 5  # seconds between two looks at whether the loader processes are alive
 
 
-# ---------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 class TrainingCrops(Dataset):
-    """Random scale and crop of image and label at training resolution, optionally with most of the label hidden.
-    An item is asked for by (index, seed), the seed of its draws: a pure function of the two, in whichever process."""
+    """Random scale and crop of image and label at training resolution, optionally with most of the
+    label hidden. An item is asked for by (index, seed), the seed of its draws: a pure function of
+    the two, in whichever process."""
 
     def __init__(
         self,
@@ -73,11 +74,11 @@ class EvaluationImages(Dataset):
         return image, label, index
 
 
-# ----------------------------------------------------------------------------------------------------------------- order
+# -------------------------------------------------------------------------------------------- order
 class StepSampler:
-    """Batches of (index, seed) for TrainingCrops: images drawn with replacement, as a pure function of (seed, stream,
-    step). Every process draws the same global batch and takes its share, so order survives any crash and any
-    number of loader processes."""
+    """Batches of (index, seed) for TrainingCrops: images drawn with replacement, as a pure function
+    of (seed, stream, step). Every rank draws the same global batch and takes its share, so order
+    survives any crash and any number of loader processes."""
 
     def __init__(
         self,
@@ -108,8 +109,9 @@ class StepSampler:
 
 
 class PassSampler:
-    """Batches of indices for EvaluationImages: every image once over all processes, then again from the first, without end.
-    So one iterator serves all validations, and the next one's first images are read before it begins."""
+    """Batches of indices for EvaluationImages: every image once over all ranks, then again from the
+    first, without end. So one iterator serves all validations, in the same order, and the first
+    images of the next one are read before it begins."""
 
     start = 0
 
@@ -127,13 +129,14 @@ class PassSampler:
         return self.batches[number]
 
 
-# --------------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 class Loader:
-    """Batches of a data set in the sampler's order, read by `num_workers` processes, by none of them in this process.
+    """Batches of a data set in the sampler's order, read by `num_workers` processes (0: by us).
 
-    They are started once, by `start` or the first iteration, and live as long as the loader. An iteration takes len(sampler)
-    batches and leaves the iterator where it is. Raises UserError with one line when nothing comes for `processes.LIMIT`
-    seconds, or a loader process is gone."""
+    The processes are started once, by `start` or by the first iteration, and live as long as the
+    loader. An iteration takes len(sampler) batches and leaves the iterator where it is. Raises
+    UserError, one line, when nothing comes for `processes.LIMIT` seconds, or when a loader process
+    is gone."""
 
     def __init__(self, name: str, dataset: Dataset, sampler, num_workers: int, pin_memory: bool):
         self.name, self.dataset, self.sampler, self.iterator = name, dataset, sampler, None
@@ -167,35 +170,38 @@ class Loader:
         return map(self.take, range(self.sampler.start, self.sampler.start + len(self)))
 
     def take(self, step: int):
-        """The next batch, which is the one of this step."""
+        """The next batch, which is that of `step`."""
         begun = time.monotonic()
         while True:
             try:
                 return next(self.iterator)
-            except RuntimeError as error:  # DataLoader has no classes for these
+            except RuntimeError as error:  # DataLoader has no classes for these two
                 if "exited unexpectedly" in str(error):
                     raise UserError(
-                        f"a loader process was killed ({self.missing(step)}), most often by the system for want of memory: "
-                        "take a smaller --num-workers or --batch-size and go on with --resume"
+                        f"a loader process was killed ({self.missing(step)}), most often by the "
+                        "system for want of memory: take a smaller --num-workers (a training run "
+                        "goes on with --resume)"
                     ) from None
                 if "DataLoader timed out" not in str(error):
                     raise
             if time.monotonic() - begun >= processes.LIMIT:
                 raise UserError(
-                    f"nothing was read for {processes.LIMIT:g} s ({self.missing(step)}); is the disk or the network "
-                    "there? The last checkpoint is kept, go on with --resume"
+                    f"nothing was read for {processes.LIMIT:g} s ({self.missing(step)}): is the "
+                    "disk, or the network to it, gone? (A training run goes on with --resume)"
                 )
 
     def missing(self, step: int) -> str:
-        indices = [key[0] if isinstance(key, tuple) else key for key in self.sampler.batch(step)]
-        images = list(dict.fromkeys(self.dataset.samples[index].image for index in indices))
+        """What a batch is made of, in words: a function of the step, so nobody need deliver it."""
+        keys = self.sampler.batch(step)
+        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
+        images = dict.fromkeys(self.dataset.samples[index].image for index in indices)
         return f"{self.name} loader, step {step}, images {', '.join(images)}"
 
 
 @contextlib.contextmanager
 def without_main_script():
-    """A process that multiprocessing starts imports the main script once more, if there is one: timm, Accelerate and
-    TensorBoard, seconds and 200 MB each. Loader processes need none of it, so they are not told of the script."""
+    """A process that multiprocessing starts imports the main script once more, and with it timm and
+    Accelerate: 200 MB and seconds, each. Loader processes need none of it, so they are not told."""
     main = sys.modules["__main__"].__dict__
     file = main.pop("__file__", None)
     try:
@@ -208,7 +214,7 @@ def without_main_script():
 def training_loader(
     name: str, crops: TrainingCrops, sampler: StepSampler, num_workers: int, pin_memory: bool
 ) -> Loader:
-    """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index [B]) for the sampler's steps."""
+    """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index [B]) for the steps."""
     return Loader(name, crops, sampler, num_workers, pin_memory)
 
 
@@ -220,8 +226,8 @@ def evaluation_loader(
     world: int = 1,
     pin_memory: bool = False,
 ) -> Loader:
-    """Batches (image uint8 [B, 3, H, W], label uint8 [B, H, W], index [B]): every image exactly once over all processes; batches
-    of several only where all images have one size."""
+    """Batches (image uint8 [B, 3, H, W], label uint8 [B, H, W], index [B]) that hold every image
+    once over all ranks; several in one batch only where all have one size."""
     name = images.source.name
     protocol = name == "cityscapes" or (name in ("pascal", "sun") and not images.full_resolution)
     same_size = name == "street" or protocol
