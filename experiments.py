@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import processes
 import run
 import transforms
 from errors import need
@@ -526,4 +527,4 @@ def draw_streets(results: Path, rates: dict[str, float], scenes=(3, 11, 24, 42, 
 
 
 if __name__ == "__main__":
-    run.launch(main)
+    processes.launch(main)

@@ -1,22 +1,29 @@
-"""What a loader's process reads, and in which order."""
+"""What the loaders read, in which order, and in which processes."""
 
+import contextlib
+import itertools
+import sys
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from data import Sample, Source
-from labels import partial_label
+import processes
+from data import Sample, Source, UserError, partial_label, random_scale_crop, reflect_pad
 from mixing import IGNORE
-from transforms import random_scale_crop, reflect_pad
+
+POLL = 5  # seconds between two looks at whether the loader processes are alive
 
 
+# ------------------------------------------------------------------------------------------- images
 class TrainingCrops(Dataset):
-    """Random scale and crop of image and label at training resolution, optionally with most of the label hidden.
-    An item is asked for by (index, seed), the seed of its draws: a pure function of the two, in whichever worker."""
+    """Random scale and crop of image and label at training resolution, optionally with most of the
+    label hidden. An item is asked for by (index, seed), the seed of its draws: a pure function of
+    the two, in whichever process."""
 
     def __init__(
         self,
@@ -27,14 +34,9 @@ class TrainingCrops(Dataset):
         label_ratio: str | None = None,
         seed: int = 0,
     ):
-        self.source, self.samples, self.crop, self.scale, self.label_ratio, self.seed = (
-            source,
-            samples,
-            crop,
-            scale,
-            label_ratio,
-            seed,
-        )
+        self.source, self.samples = source, samples
+        self.crop, self.scale = crop, scale
+        self.label_ratio, self.seed = label_ratio, seed
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -45,12 +47,10 @@ class TrainingCrops(Dataset):
         sample = self.samples[index]
         image, label = self.source.read(sample)
         if self.label_ratio:
-            label = torch.from_numpy(
-                partial_label(label.numpy(), self.label_ratio, self.seed, sample.name)
-            )
-        image, label, _ = random_scale_crop(
-            image, label, None, self.crop, self.scale, np.random.default_rng(seed)
-        )
+            kept = partial_label(label.numpy(), self.label_ratio, self.seed, sample.name)
+            label = torch.from_numpy(kept)
+        rng = np.random.default_rng(seed)
+        image, label, _ = random_scale_crop(image, label, None, self.crop, self.scale, rng)
         return image, label, index
 
 
@@ -64,22 +64,21 @@ class EvaluationImages(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        """Image uint8 [3, H, W], label uint8 [H, W] (255 = not labelled), index."""
         image, label = self.source.read(self.samples[index], self.full_resolution)
         if self.source.eval_pad and not self.full_resolution:
-            missing = [
-                max(0, wanted - size) for wanted, size in zip(self.source.eval_pad, label.shape)
-            ]
-            image, label = (
-                reflect_pad(image, *self.source.eval_pad),
-                F.pad(label, (0, missing[1], 0, missing[0]), value=IGNORE),
-            )
+            height, width = self.source.eval_pad
+            below, right = max(0, height - label.shape[0]), max(0, width - label.shape[1])
+            image = reflect_pad(image, height, width)
+            label = F.pad(label, (0, right, 0, below), value=IGNORE)
         return image, label, index
 
 
+# -------------------------------------------------------------------------------------------- order
 class StepSampler:
-    """Batches of (index, seed) for TrainingCrops: images drawn with replacement, as a pure function of (seed, stream,
-    step). Every process draws the same global batch and takes its share, so order survives any crash and any
-    number of workers."""
+    """Batches of (index, seed) for TrainingCrops: images drawn with replacement, as a pure function
+    of (seed, stream, step). Every rank draws the same global batch and takes its share, so order
+    survives any crash and any number of loader processes."""
 
     def __init__(
         self,
@@ -99,9 +98,138 @@ class StepSampler:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start, self.stop):
-            rng = np.random.default_rng([self.seed, self.stream, step])
-            total = self.batch_size * self.world
-            index, seeds = rng.integers(self.length, size=total), rng.integers(2**63, size=total)
-            mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-            yield list(zip(index[mine].tolist(), seeds[mine].tolist()))
+        return map(self.batch, range(self.start, self.stop))
+
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        rng = np.random.default_rng([self.seed, self.stream, step])
+        total = self.batch_size * self.world
+        index, seeds = rng.integers(self.length, size=total), rng.integers(2**63, size=total)
+        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        return list(zip(index[mine].tolist(), seeds[mine].tolist(), strict=True))
+
+
+class PassSampler:
+    """Batches of indices for EvaluationImages: every image once over all ranks, then again from the
+    first, without end. So one iterator serves all validations, in the same order, and the first
+    images of the next one are read before it begins."""
+
+    start = 0
+
+    def __init__(self, length: int, batch_size: int, rank: int = 0, world: int = 1):
+        mine = list(range(rank, length, world))
+        self.batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.cycle(self.batches)
+
+    def batch(self, number: int) -> list[int]:
+        return self.batches[number]
+
+
+# ------------------------------------------------------------------------------------------ loading
+class Loader:
+    """Batches of a data set in the sampler's order, read by `num_workers` processes (0: by us).
+
+    The processes are started once, by `start` or by the first iteration, and live as long as the
+    loader. An iteration takes len(sampler) batches and leaves the iterator where it is. Raises
+    UserError, one line, when nothing comes for `processes.LIMIT` seconds, or when a loader process
+    is gone."""
+
+    def __init__(self, name: str, dataset: Dataset, sampler, num_workers: int, pin_memory: bool):
+        self.name, self.dataset, self.sampler, self.iterator = name, dataset, sampler, None
+        several = dict(
+            multiprocessing_context=processes.START_METHOD,
+            worker_init_fn=processes.start_worker,
+            timeout=min(POLL, processes.LIMIT),
+        )
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            **(several if num_workers else {}),
+        )
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def start(self) -> None:
+        """Start the loader processes, which begin to read at once."""
+        if self.iterator is None:
+            processes.speak_for_itself()
+            if self.loader.num_workers:
+                processes.start_server()
+            with without_main_script():
+                self.iterator = iter(self.loader)
+
+    def __iter__(self) -> Iterator:
+        self.start()  # now, so that two loaders that are zipped start together
+        return map(self.take, range(self.sampler.start, self.sampler.start + len(self)))
+
+    def take(self, step: int):
+        """The next batch, which is that of `step`."""
+        begun = time.monotonic()
+        while True:
+            try:
+                return next(self.iterator)
+            except RuntimeError as error:  # DataLoader has no classes for these two
+                if "exited unexpectedly" in str(error):
+                    raise UserError(
+                        f"a loader process was killed ({self.missing(step)}), most often by the "
+                        "system for want of memory: take a smaller --num-workers (a training run "
+                        "goes on with --resume)"
+                    ) from None
+                if "DataLoader timed out" not in str(error):
+                    raise
+            if time.monotonic() - begun >= processes.LIMIT:
+                raise UserError(
+                    f"nothing was read for {processes.LIMIT:g} s ({self.missing(step)}): is the "
+                    "disk, or the network to it, gone? (A training run goes on with --resume)"
+                )
+
+    def missing(self, step: int) -> str:
+        """What a batch is made of, in words: a function of the step, so nobody need deliver it."""
+        keys = self.sampler.batch(step)
+        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
+        images = dict.fromkeys(self.dataset.samples[index].image for index in indices)
+        return f"{self.name} loader, step {step}, images {', '.join(images)}"
+
+
+@contextlib.contextmanager
+def without_main_script():
+    """A process that multiprocessing starts imports the main script once more, and with it timm and
+    Accelerate: 200 MB and seconds, each. Loader processes need none of it, so they are not told."""
+    main = sys.modules["__main__"].__dict__
+    file = main.pop("__file__", None)
+    try:
+        yield
+    finally:
+        if file is not None:
+            main["__file__"] = file
+
+
+def training_loader(
+    name: str, crops: TrainingCrops, sampler: StepSampler, num_workers: int, pin_memory: bool
+) -> Loader:
+    """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index [B]) for the steps."""
+    return Loader(name, crops, sampler, num_workers, pin_memory)
+
+
+def evaluation_loader(
+    images: EvaluationImages,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    world: int = 1,
+    pin_memory: bool = False,
+) -> Loader:
+    """Batches (image uint8 [B, 3, H, W], label uint8 [B, H, W], index [B]) that hold every image
+    once over all ranks; several in one batch only where all have one size."""
+    name = images.source.name
+    protocol = name == "cityscapes" or (name in ("pascal", "sun") and not images.full_resolution)
+    same_size = name == "street" or protocol
+    sampler = PassSampler(len(images), batch_size if same_size else 1, rank, world)
+    return Loader("validation", images, sampler, num_workers, pin_memory)

@@ -16,6 +16,7 @@ import evaluate
 import files
 import models
 import predict
+import processes
 import run
 import transforms
 import trees
@@ -74,7 +75,7 @@ def script(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         capsys.readouterr()
         try:
-            run.launch(module.main)
+            processes.launch(module.main)
             status = 0
         except SystemExit as stop:
             status = stop.code or 0
@@ -546,7 +547,7 @@ def test_a_broken_file_is_named_whichever_process_meets_it(own, script, tmp_path
     victim.write_bytes(victim.read_bytes()[:100])
     Accelerator()  # of the one process that this is
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(run, "STARTED", False)
+    monkeypatch.setattr(processes, "_own_errors", False)
     assert script(evaluate, "nowhere")[2] == ""  # what every process finds, the main one tells
     status, out, err = script(
         evaluate, own, "--dataset", "folder", "--data-path", torn, "--num-workers", 0

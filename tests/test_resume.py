@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import errors
-import files
+import data
+import processes
 import run
 import trees
 from cli import ENVIRONMENT, ROOT, fork, run_many, run_script
@@ -247,14 +247,14 @@ def test_resuming_with_other_arguments_is_refused(tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
-    files.atomic_write(path, lambda file: file.write(b"old"))
+    data.atomic_write(path, lambda file: file.write(b"old"))
 
     def fail(file):
         file.write(b"half of the new")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError):
-        files.atomic_write(path, fail)
+        data.atomic_write(path, fail)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -356,7 +356,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     second = SimpleNamespace(
         args=SimpleNamespace(resume=False), accelerator=None, main=True, folder=tmp_path
     )
-    with pytest.raises(errors.UserError, match="another run that began meanwhile"):
+    with pytest.raises(data.UserError, match="another run that began meanwhile"):
         run.Record.begin(second)
 
 
@@ -365,9 +365,9 @@ def test_what_the_system_refuses_is_one_line(capsys, monkeypatch):
         raise OSError(28, "No space left on device", "runs/events")
 
     monkeypatch.setattr("sys.argv", ["train_semi.py"])
-    monkeypatch.setattr(run, "STARTED", True)
+    monkeypatch.setattr(processes, "_own_errors", True)
     with pytest.raises(SystemExit) as end:
-        run.launch(main)
+        processes.launch(main)
     assert (
         end.value.code == 2
         and capsys.readouterr().err

@@ -1,0 +1,202 @@
+"""How the processes of a run start, wait for each other and end.
+
+A run has one process per device (a rank) and, for each of its loaders, `--num-workers` processes
+that read images. Ranks are started by the user or by a launcher (torchrun, accelerate launch),
+loader processes by a fork server that the rank starts (see `start_server`). All of them end with
+what started them, whatever ends it.
+"""
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import forkserver
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import UserError
+
+# Seconds that a loader may deliver nothing before the run ends with a line. The environment may say
+# otherwise: more for a file system that is known to sleep longer, less for the tests.
+LIMIT = float(os.environ.get("RECO_TIMEOUT", 600))
+# A collective waits a little longer: the process whose loader is silent shall speak before those
+# that wait for it.
+COLLECTIVE_LIMIT = timedelta(seconds=1.2 * LIMIT)
+GRACE = 10  # seconds that a launcher has to end its ranks, and a rank without launcher to save
+
+START_METHOD = "forkserver" if hasattr(os, "fork") else "spawn"  # Windows has no fork
+PRELOADED = ["torch", "torch.utils.data", "numpy", "PIL.Image", "tqdm"]
+LAUNCHERS = {"torchrun", "accelerate", "accelerate-launch"}
+LAUNCHER_MODULES = {
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "accelerate.commands.launch",
+}
+
+_own_errors = False  # see speak_for_itself
+_launcher = None  # its process id, when the run shall end with it
+
+
+# ------------------------------------------------------------------------------- loader processes
+def start_server() -> None:
+    """Start the process that loader processes are forked from; early, since its imports then take
+    place beside our own work. A second call does nothing.
+
+    They are not forked from the training process, because that one has threads (autograd, gloo, pin
+    memory, TensorBoard): a child that is forked while another thread holds one of the interpreter's
+    locks waits for that lock for ever (pytorch/pytorch 130610, 138957). The fork server has one
+    thread and does nothing but import."""
+    if START_METHOD != "forkserver":
+        return
+    forkserver.set_forkserver_preload(PRELOADED)
+    # `timeout` and batch systems send SIGTERM to every process of a job. What follows from it is
+    # for the rank to decide, so the server inherits that it is ignored (SIGINT it ignores itself).
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def start_worker(_: int) -> None:
+    """In a new loader process: leave signals to the rank, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    # The system calls the fork server our parent, and that one lives as long as we hold its pipe.
+    # `join` waits for the rank, on a pipe that it alone holds: also while we are stuck in a read.
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+# ------------------------------------------------------------------------------------------ ranks
+def end_with_launcher() -> None:
+    """Have Linux end this process when the launcher that started it is gone, even by SIGKILL.
+
+    Does nothing elsewhere, and when the parent is no launcher: a run that a shell started with
+    nohup outlives the shell."""
+    global _launcher
+    parent = os.getppid()
+    if sys.platform != "linux" or not _is_launcher(parent):
+        return
+    _launcher = parent
+    # torchrun lets its ranks save before it ends: when it is gone there is nothing to wait for.
+    # `accelerate launch` of one process is gone a moment after Ctrl-C, while the run still saves:
+    # that run is asked to stop (see Stop).
+    number = signal.SIGKILL if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIGTERM
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it ended before the call
+        os.kill(os.getpid(), number)
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # gone, or another user's
+        return False
+    # the program itself, or what an interpreter was told to run
+    return any(Path(word).name in LAUNCHERS or word in LAUNCHER_MODULES for word in words[:4])
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask for a stop at the next step; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame) -> None:
+        if self.signal == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.signal and _launcher and os.getppid() != _launcher:
+            signal.alarm(
+                GRACE
+            )  # the launcher was killed: save within that time, or SIGALRM ends us
+        self.signal = self.signal or number
+
+
+# ------------------------------------------------------------------------------------ ends of a run
+def speak_for_itself() -> None:
+    """From now on every process tells its own errors. Until the loaders exist all meet the same
+    ones, and the first process of a machine tells them."""
+    global _own_errors
+    _own_errors = True
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Run a script. What the user can mend, and what ends a run of several processes from outside,
+    is one line on stderr and exit status 2."""
+    end_with_launcher()
+    noise = ".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier).*"
+    warnings.filterwarnings("ignore", message=noise)
+    try:
+        main()
+        return
+    except (UserError, OSError) as error:  # a full disk reaches us from TensorBoard's writer, too
+        if _own_errors or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            tell(last_line(error))
+        status = 2
+    except RuntimeError as error:
+        if not (line := collective_failure(error)):
+            raise
+        tell(line)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    finally:
+        for child in multiprocessing.active_children():  # loader processes, stuck ones as well
+            child.kill()
+    # The error held the loaders' queues in a cycle. Freed now, they leave nothing behind for
+    # multiprocessing to complain of.
+    gc.collect()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(status)  # the others may wait in a collective; the launcher ends them
+    sys.exit(status)
+
+
+def tell(line: str) -> None:
+    for bar in list(getattr(tqdm, "_instances", [])):
+        bar.close()  # the line stands by itself
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+
+
+def last_line(error: Exception) -> str:
+    """The line that says what is wrong. An error from a loader process comes with its traceback,
+    whose last line begins with the name of the class."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^(\w+\.)*\w*Error: ", "", lines[-1])
+
+
+def collective_failure(error: RuntimeError) -> str | None:
+    """What to tell of an error in a collective; None for any other error."""
+    text = str(error)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    go_on = "the last checkpoint is kept, go on with --resume"
+    if re.search(r"timed? ?out", text, re.IGNORECASE):
+        waited = COLLECTIVE_LIMIT.total_seconds()
+        return (
+            f"waited {waited:g} s in vain for the other processes of the run (one of them hangs, "
+            f"or its machine or the network is gone); {go_on}"
+        )
+    if re.search(r"closed by peer|reset by peer|Broken pipe", text):
+        # Another process is gone, and its line is the one that counts. Where its launcher is ours
+        # that ends us in this time; on another machine nobody else says it here.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(GRACE)
+        return f"another process of the run has ended, its own output says why; {go_on}"
+    return None
