@@ -309,7 +309,7 @@ def main() -> None:
     args = parse_options()
     only = set(args.only)
     wanted = [(n, m) for n, m in PAIRS if only & {n.split(",")[0], n, m, f"{n}: {m}"}]
-    need(wanted, f"--only {' '.join(args.only)}: fits none of {'; '.join(map(': '.join, PAIRS))}")
+    need(wanted, f"--only {' '.join(args.only)}: fits none of {'; '.join(SETTINGS)}")
     tuned = dict.fromkeys(tuned_pair(*pair) for pair in wanted)
     search = [(*pair, rate, 0) for pair in tuned for rate in SETTINGS[pair[0]].rates]
     if args.list:
