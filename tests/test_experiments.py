@@ -1,78 +1,117 @@
-"""experiments.py in short: a run is measured once, tables and pictures follow from results.csv."""
-
-import csv
+"""experiments.py: the table follows from results.csv, and what stands there is not run again."""
 
 import pytest
+from PIL import Image
 
 import experiments
 from errors import UserError
-from run import read_config
+from experiments import FIELDS, Setting
 
-SETTING = "20 labels"
-ONLY = [f"{SETTING}: ClassMix + ReCo"]
+RECO, NAME = "ClassMix + ReCo", "street, 20 labels"
+TINY = "--channels 16 --low-channels 8 --rep-dim 8 --crop-size 48 --batch-size 2 --num-labeled 2"
 
 
-def test_measures_resumes_and_reports(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(experiments.LIGHT, "steps", 2)
-    monkeypatch.setitem(experiments.LIGHT, "rates", (0.2,))
-    monkeypatch.setattr(experiments, "SEEDS", (0,))
-    monkeypatch.setattr(experiments, "SCENES", SETTING)
+def line(method: str, lr: str, seed: int, validation: float, test: float, setting=NAME) -> dict:
+    scores = {
+        "validation miou": f"{validation}",
+        "test miou": f"{test}",
+        "test boundary iou": "0.2",
+    }
+    curve = {"curve": f"250:{validation / 2} 500:{validation}", "seconds": "120"}
+    head = {"setting": setting, "method": method, "lr": lr, "seed": str(seed)}
+    return dict.fromkeys(FIELDS, "") | head | scores | curve
+
+
+ROWS = [
+    line(RECO, "0.1", 0, 0.50, 0.60),
+    line(RECO, "0.2", 0, 0.55, 0.52),  # better on validation, though not on the test images
+    line(RECO, "0.2", 2, 0.50, 0.56),
+    line(RECO, "0.2", 1, 0.50, 0.54),
+    line("ClassMix", "0.1", 0, 0.40, 0.45),
+    line("random queries, active keys", "0.1", 0, 0.9, 0.9, "camvid, 20 labels"),
+    line("random queries, active keys", "0.2", 0, 0.2, 0.33, "camvid, 20 labels"),
+    line(RECO, "0.1", 0, 0.30, 0.30, "camvid, 20 labels"),
+    line(RECO, "0.2", 0, 0.35, 0.31, "camvid, 20 labels"),
+    line(RECO, "0.1", 0, 0.99, 0.99, "camvid, 5 labels"),
+    line(RECO, "0.2", 0, 0.25, 0.21, "camvid, 5 labels"),
+    line("supervised", "0.1", 0, 0.5, 0.5, "a setting of the past"),
+]
+
+
+def test_the_rate_is_chosen_on_validation_images_at_seed_0():
+    chosen = experiments.chosen_runs(ROWS)
+    assert [(r["lr"], r["seed"]) for r in chosen[NAME, RECO]] == [("0.2", s) for s in "012"]
+    ablation = chosen["camvid, 20 labels", "random queries, active keys"]
+    assert [row["test miou"] for row in ablation] == ["0.33"]  # at the rate of ClassMix + ReCo
+    five = chosen["camvid, 5 labels", RECO]
+    assert [row["test miou"] for row in five] == ["0.21"]  # at the rate of 20 labels
+    assert all("past" not in name for name, _ in chosen)
+
+
+def test_tables_have_mean_and_range_and_say_how_many_seeds():
+    lines = experiments.make_tables(experiments.chosen_runs(ROWS)).splitlines()
+    assert "|  | ClassMix | ClassMix + ReCo | random queries, active keys |" in lines
+    assert f"| {NAME} | 45.0 (45.0 to 45.0), n = 1 | 54.0 (52.0 to 56.0) |  |" in lines
+    cells = "| 54.0 (52.0 to 56.0) | 20.0 (20.0 to 20.0) | 2 |"
+    assert f"| {NAME} | {RECO} | 0.2 {cells}" in lines
+
+
+def test_rows_are_written_and_read_as_they_are(tmp_path):
+    experiments.write_rows(tmp_path, ROWS)
+    assert experiments.read_rows(tmp_path) == ROWS
+    assert experiments.read_rows(tmp_path / "nothing") == []
+
+
+def test_curves_are_grouped_by_setting_method_and_step():
+    chosen = experiments.chosen_runs(ROWS)
+    assert experiments.curves(chosen)[NAME]["ClassMix"] == {250: [20.0], 500: [40.0]}
+    assert experiments.label_curve(chosen) == {RECO: {5: [21.0], 20: [31.0]}}
+
+
+def test_command_lines_name_what_decides_the_result():
+    words = experiments.arguments_of("handwriting, 60 labels", "supervised", 0.2, 1)
+    assert words[0] == "train_supervised.py"
+    assert "--warmup-iterations" not in words  # of the mean teacher alone
+    semi = experiments.arguments_of("handwriting, 60 labels", RECO, 0.2, 1)
+    assert semi[:2] == ["train_semi.py", "--reco"]
+    assert "--warmup-iterations 600 --lr 0.2 --seed 1" in " ".join(semi)
+
+
+def test_a_run_is_made_once_and_reported(tmp_path, monkeypatch, capsys):
+    tiny = Setting(f"{TINY} --iterations 2 --val-interval 2", ["supervised"], (0.2,))
+    monkeypatch.setattr(experiments, "SETTINGS", {NAME: tiny})
+    monkeypatch.setattr(experiments, "PAIRS", [(NAME, "supervised")])
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(
-        "sys.argv", ["experiments.py", "--results", str(tmp_path / "results"), "--only", *ONLY]
-    )
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    command = ["experiments.py", "--results", str(tmp_path), "--seeds", "0"]
+    monkeypatch.setattr("sys.argv", command)
     experiments.main()
-    file = tmp_path / "results" / "results.csv"
-    rows = list(csv.DictReader(file.open()))
-    assert [f"{row['setting']}: {row['method']}" for row in rows] == ONLY
-    for row in rows:
-        assert (
-            row["purpose"] == "table"
-            and 0 < float(row["test miou"]) < 1
-            and 0 < float(row["test boundary iou"]) < 1
-            and int(row["seconds"]) > 0
-        )
-        assert [point.split(":")[0] for point in row["curve"].split()] == [
-            "2"
-        ] and "--iterations 2" in row["arguments"]
-    assert read_config(experiments.folder_of(SETTING, "ClassMix + ReCo", 0.2, 0))["arguments"][
-        "joint_forward"
-    ]
-    variant = experiments.arguments_of(SETTING, "active queries, random keys", 0.2, 0)
-    assert [word for word in variant if word not in rows[0]["arguments"].split()] == [
-        "--reco-random-keys"
-    ]
-    assert (
-        tmp_path / "results" / "streets.png"
-    ).stat().st_size > 10_000 and f"| {SETTING} | ClassMix + ReCo | 0.2 | 1 |" in (
-        report := (tmp_path / "results" / "results.md").read_text()
-    )
-    assert (
-        f"| {SETTING} | {100 * float(rows[0]['test miou']):.1f} (" in report
-    )  # settings by methods, first of all
+    (row,) = experiments.read_rows(tmp_path)
+    assert row["curve"].split(":")[0] == "2" and 0 < float(row["test miou"]) < 1
+    assert "--iterations 2" in row["arguments"] and str(tmp_path) not in row["arguments"]
+    mean = f"{100 * float(row['test miou']):.1f}"
+    assert f"| {NAME} | {mean} ({mean} to {mean}), n = 1 |" in (tmp_path / "tables.md").read_text()
+    assert Image.open(tmp_path / "streets.png").width > 1000
+    assert Image.open(tmp_path / "curves.png").width > 300
 
-    before = file.read_bytes()
-    monkeypatch.setattr(experiments.subprocess, "run", None)  # a second call finds everything there
+    before = (tmp_path / "results.csv").read_bytes()
+    monkeypatch.setattr(experiments, "measure", None)  # nothing is left to be run
     experiments.main()
-    assert file.read_bytes() == before
-
+    assert (tmp_path / "results.csv").read_bytes() == before
     capsys.readouterr()
-    monkeypatch.setattr("sys.argv", ["experiments.py", "--list"])
+    monkeypatch.setattr("sys.argv", [*command, "--list"])
     experiments.main()
-    assert (
-        "p5: ClassMix + ReCo" in (listed := capsys.readouterr().out)
-        and "long" not in listed
-        and "draws" not in listed
-    )  # without --only: the table alone
+    assert "street, 20 labels: supervised" in capsys.readouterr().out
+
+
+def test_what_fails_is_told(tmp_path, monkeypatch):
+    broken = Setting("--backbone no_such_network", ["supervised"], (0.2,))
+    monkeypatch.setattr(experiments, "SETTINGS", {NAME: broken})
+    monkeypatch.setattr(experiments, "PAIRS", [(NAME, "supervised")])
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["experiments.py", "--results", str(tmp_path)])
+    with pytest.raises(UserError, match=r"train_supervised.py.*failed.*no_such_network"):
+        experiments.main()
     monkeypatch.setattr("sys.argv", ["experiments.py", "--only", "p7"])
     with pytest.raises(UserError, match="p7: fits none of"):
         experiments.main()
-
-
-def test_a_failed_run_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "RUNS", tmp_path)
-    monkeypatch.setitem(
-        experiments.METHODS, "supervised", ["train_supervised.py", "--backbone", "no_such_network"]
-    )
-    with pytest.raises(UserError, match="train_supervised.py.*failed.*no_such_network"):
-        experiments.measure(tmp_path, "20 labels", "supervised", 0.2, 0)
