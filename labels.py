@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -245,6 +246,14 @@ def check_folder(source: Source, quiet: bool = True) -> bool:
     return bool(np.mean(sparse) >= 0.25)
 
 
+class Division(NamedTuple):
+    """Which training images are labelled, which are not, and whether labels are partial."""
+
+    labelled: list[Sample]
+    unlabelled: list[Sample]
+    partial: bool
+
+
 def divide(
     source: Source,
     num_labeled: int,
@@ -252,7 +261,7 @@ def divide(
     labeled_list: str | None,
     seed: int,
     quiet: bool = True,
-) -> tuple[list[Sample], list[Sample], bool]:
+) -> Division:
     """The labelled images, the unlabelled images, and whether labels are partial.
 
     Unlabelled images come without their label, but for partial labels, where every image takes
@@ -269,9 +278,9 @@ def divide(
     chosen = set(labelled)
     if label_ratio or sparse:
         both = [s if s in chosen else replace(s, label=None) for s in source.train]
-        return labelled, both, True
+        return Division(labelled, both, True)
     others = [s for s in source.train if s not in chosen] or source.train
-    return labelled, [replace(s, label=None) for s in others], False
+    return Division(labelled, [replace(s, label=None) for s in others], False)
 
 
 # ------------------------------------------------------------------------------ partial labels

@@ -13,8 +13,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import processes
-from data import Sample, Source, UserError, partial_label, random_scale_crop, reflect_pad
+from data import Sample, Source
+from errors import UserError
+from labels import partial_label
 from mixing import IGNORE
+from transforms import random_scale_crop, reflect_pad
 
 POLL = 5  # seconds between two looks at whether the loader processes are alive
 
@@ -212,24 +215,39 @@ def without_main_script():
 
 
 def training_loader(
-    name: str, crops: TrainingCrops, sampler: StepSampler, num_workers: int, pin_memory: bool
+    name: str, source: Source, samples, args, accelerator, start: int, stream: int, scale
 ) -> Loader:
-    """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index [B]) for the steps."""
-    return Loader(name, crops, sampler, num_workers, pin_memory)
+    """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index [B]) for the steps from
+    `start` on. Loaders of one run differ in `stream`, the source of their draws."""
+    crop, scale = tuple(args.crop_size), tuple(scale)
+    crops = TrainingCrops(source, samples, crop, scale, args.label_ratio, args.seed)
+    sampler = StepSampler(
+        len(samples),
+        args.batch_size,
+        start,
+        args.iterations,
+        args.seed,
+        stream,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    pin_memory = accelerator.device.type == "cuda"
+    return Loader(name, crops, sampler, args.num_workers, pin_memory)
 
 
 def evaluation_loader(
-    images: EvaluationImages,
+    source: Source,
+    samples: list[Sample],
     batch_size: int,
     num_workers: int,
-    rank: int = 0,
-    world: int = 1,
-    pin_memory: bool = False,
+    accelerator,
+    full_resolution: bool = False,
 ) -> Loader:
-    """Batches (image uint8 [B, 3, H, W], label uint8 [B, H, W], index [B]) that hold every image
-    once over all ranks; several in one batch only where all have one size."""
-    name = images.source.name
-    protocol = name == "cityscapes" or (name in ("pascal", "sun") and not images.full_resolution)
-    same_size = name == "street" or protocol
-    sampler = PassSampler(len(images), batch_size if same_size else 1, rank, world)
+    """Batches (image uint8 [B, 3, H, W], label uint8 [B, H, W], index [B]): every image exactly
+    once over all processes; batches of several only where all images have one size."""
+    images = EvaluationImages(source, samples, full_resolution)
+    batch_size = batch_size if source.one_size(full_resolution) else 1
+    rank, world = accelerator.process_index, accelerator.num_processes
+    sampler = PassSampler(len(images), batch_size, rank, world)
+    pin_memory = accelerator.device.type == "cuda"
     return Loader("validation", images, sampler, num_workers, pin_memory)

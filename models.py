@@ -1,36 +1,48 @@
-"""DeepLabV3+ on a timm backbone with the representation head of ReCo, and the mean teacher.
+"""DeepLabV3+ with the representation head of ReCo, the mean teacher, and a trained network to use.
 
-model = DeepLabV3Plus(num_classes=19)                 # ResNet-101, ImageNet weights, the network of the paper
-logits, rep = model(images)                           # [B, 19, H/4, W/4], [B, 256, H/4, W/4]
+model = DeepLabV3Plus(num_classes=19)       # ResNet-101, ImageNet weights: the paper's network
+logits, rep = model(images)                 # [B, 19, H/4, W/4], [B, 256, H/4, W/4]
+
+model = load("runs/NAME")                   # a trained run
+mask = model.predict("photo.jpg")           # uint8 [H, W]
 """
 
 import copy
-import difflib
 import math
 import re
+from pathlib import Path
 
-import timm
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from backbones import build_backbone, input_statistics
+from checkpoint import load_weights, read_config, read_weights
 from errors import UserError
+from files import read_image, to_rgb
+from prediction import predict_picture, predict_strips
 from transforms import upsample
 
 
 class DeepLabV3Plus(nn.Module):
-    """Encoder-decoder with atrous convolution (Chen et al. 2018) and two heads on the decoder: class logits and,
-    with `rep_dim`, the dense representation of the regional contrast loss (Liu et al. 2022, section 3).
+    """Encoder-decoder with atrous convolution (Chen et al. 2018) and two heads on the decoder:
+    class logits and, with `rep_dim`, the dense representation of the regional contrast loss (Liu
+    et al. 2022, section 3). It takes images in 0 .. 1 and normalises them itself.
 
-    num_classes    channels of the logits
-    backbone       any timm name that yields a feature pyramid (resnet, regnet, efficientnet, mobilenet, convnext ...)
-                   or a ViT of one stride (vit, deit, DINOv2, DINOv3)
-    rep_dim        channels of the representation; None builds no representation head
-    pretrained     load timm's ImageNet weights (UserError where they cannot be had)
-    output_stride  of the deepest feature map (16 in the paper); ViTs keep their patch size
-    decoder_stride of the low-level features and so of both outputs (4 in the paper; 2 suits images of 64 pixels)
-    channels       width of the ASPP and of both heads
-    low_channels   width of the projected low-level features
-    aspp_rates     atrous rates of the three 3x3 branches
+    num_classes      channels of the logits
+    backbone         any timm name that yields a feature pyramid (resnet, regnet, efficientnet,
+                     mobilenet, convnext ...) or a ViT of one stride (vit, deit, DINOv2, DINOv3)
+    rep_dim          channels of the representation; None builds no representation head
+    pretrained       load timm's weights (UserError where they cannot be had)
+    output_stride    of the deepest feature map (16 in the paper); ViTs keep their patch size
+    decoder_stride   of the low-level features and so of both outputs (4 in the paper; 2 suits
+                     images of 64 pixels)
+    channels         width of the ASPP and of both heads
+    low_channels     width of the projected low-level features
+    aspp_rates       atrous rates of the three 3x3 branches
+    mean, std        per channel, of the images in 0 .. 1; None: those the backbone was trained with
+    backbone_weights a file to load the pretrained weights from
     """
 
     def __init__(
@@ -44,35 +56,42 @@ class DeepLabV3Plus(nn.Module):
         channels: int = 256,
         low_channels: int = 48,
         aspp_rates: tuple[int, ...] = (6, 12, 18),
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        backbone_weights: str | None = None,
     ):
         super().__init__()
         self.backbone, low_width, high_width, self.patch = build_backbone(
-            backbone, pretrained, output_stride, decoder_stride
+            backbone, pretrained, output_stride, decoder_stride, backbone_weights
         )
         self.decoder_stride = decoder_stride
         self.aspp = ASPP(high_width, channels, aspp_rates)
         self.low_level = conv_bn_relu(low_width, low_channels, 1)
         self.classifier = head(channels + low_channels, channels, num_classes)
         self.representation = head(channels + low_channels, channels, rep_dim) if rep_dim else None
+        for name, values, own in zip(
+            ("mean", "std"), (mean, std), input_statistics(backbone), strict=True
+        ):
+            constant = torch.tensor(own if values is None else values).view(1, -1, 1, 1)
+            self.register_buffer(name, constant, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x: [B, 3, H, W] normalised images -> logits [B, C, h, w] and rep [B, D, h, w] (None without the head),
-        h = ceil(H / decoder_stride)."""
+        """x: [B, 3, H, W] images in 0 .. 1 -> logits [B, C, h, w] and rep [B, D, h, w] (None
+        without the head), h = ceil(H / decoder_stride)."""
         size = [math.ceil(n / self.decoder_stride) for n in x.shape[-2:]]
-        if self.patch:  # one-stride features: the patches must tile the image, so it is stretched to the next multiple
+        x = (x - self.mean) / self.std
+        if self.patch:
+            # one-stride features: the patches must tile the image, so it is stretched to the next
+            # multiple
             x = upsample(x, [math.ceil(n / self.patch) * self.patch for n in x.shape[-2:]])
         features = self.backbone(x)
         low, high = features[0], self.aspp(features[-1])
-        same = (
-            tuple(low.shape[-2:]) == tuple(size) and not torch.compiler.is_exporting()
-        )  # an exported graph is for any size
-        low = self.low_level(low if same else upsample(low, size))
-        decoded = torch.cat(
-            [low, upsample(high, size)], dim=1
-        )  # [B, low_channels + channels, h, w]
-        return self.classifier(decoded), self.representation(
-            decoded
-        ) if self.representation is not None else None
+        if list(low.shape[-2:]) != size or torch.compiler.is_exporting():  # a graph for any size
+            low = upsample(low, size)
+        # [B, low_channels + channels, h, w]
+        decoded = torch.cat([self.low_level(low), upsample(high, size)], dim=1)
+        rep = None if self.representation is None else self.representation(decoded)
+        return self.classifier(decoded), rep
 
 
 class ASPP(nn.Module):
@@ -112,96 +131,14 @@ def head(in_channels: int, channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-def build_backbone(
-    name: str, pretrained: bool, output_stride: int, decoder_stride: int
-) -> tuple[nn.Module, int, int, int]:
-    """A timm feature extractor that returns [low-level, deepest] features, their widths, and the patch size
-    (0 for a pyramid). Raises UserError for a backbone that cannot work or weights that cannot be had."""
-    works = "resnet*, resnext*, regnet*, efficientnet*, mobilenetv3*, convnext*, vit* (DINOv2, DINOv3 too) work"
-    try:
-        timm.models.get_pretrained_cfg(name)
-        known = timm.is_model(name.split(".")[0])
-    except RuntimeError:  # a tag that this architecture does not have
-        known = False
-    if not known:
-        near = difflib.get_close_matches(
-            name, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5
-        )
-        raise UserError(
-            f"--backbone {name}: timm has no such model"
-            + (f"; near it: {', '.join(near)}" if near else f"; {works}")
-        )
-    if pretrained and not timm.models.is_model_pretrained(name):
-        raise UserError(
-            f"--backbone {name}: timm has no pretrained weights for it; train it from random weights with --no-pretrained"
-        )
-
-    refused = f"--backbone {name} at output stride {output_stride} yields no feature pyramid that DeepLabV3+ can use; {works}"
-    try:
-        probe = timm.create_model(name, features_only=True, output_stride=output_stride)
-        options, patch = {"output_stride": output_stride}, 0
-    except (
-        TypeError,
-        AssertionError,
-        NotImplementedError,
-        ValueError,
-        RuntimeError,
-        AttributeError,
-    ):
-        try:  # ViTs know no output stride: their blocks all have the stride of the patch
-            probe = timm.create_model(name, features_only=True, dynamic_img_size=True)
-        except (
-            TypeError,
-            AssertionError,
-            NotImplementedError,
-            ValueError,
-            RuntimeError,
-            AttributeError,
-        ):
-            raise UserError(refused) from None
-        options, patch = {"dynamic_img_size": True}, probe.feature_info.reduction()[-1]
-    strides, widths = probe.feature_info.reduction(), probe.feature_info.channels()
-    if patch:
-        if set(strides) != {patch}:  # a hierarchical transformer such as Swin
-            raise UserError(refused)
-        depth = len(probe.model.blocks) if hasattr(probe, "model") else len(probe.blocks)
-        options["out_indices"] = indices = (
-            depth // 4,
-            depth - 1,
-        )  # an early block keeps the detail
-        low, high = widths[0], widths[-1]
-    else:
-        if decoder_stride not in strides:
-            raise UserError(
-                f"--backbone {name} has no features at --decoder-stride {decoder_stride}; it has {sorted(set(strides))}"
-            )
-        options["out_indices"] = indices = (strides.index(decoder_stride), len(strides) - 1)
-        low, high = widths[indices[0]], widths[indices[1]]
-    del probe
-    try:
-        return (
-            timm.create_model(name, features_only=True, pretrained=pretrained, **options),
-            low,
-            high,
-            patch,
-        )
-    except Exception as error:  # the hub's clients raise many kinds; the reason is in the line
-        if not pretrained:
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"--backbone {name}: the pretrained weights could not be loaded ({type(error).__name__}: {reason[:120]}); connect once "
-            "to download them (they stay in the Hugging Face cache), or train from random weights with --no-pretrained"
-        ) from error
-
-
 class MeanTeacher:
-    """The exponential moving average of the student's parameters (Tarvainen & Valpola 2017; paper, section 3.3).
+    """The exponential moving average of the student's parameters (Tarvainen & Valpola 2017; paper,
+    section 3.3).
 
-    Only parameters are averaged. The batch-norm statistics are the teacher's own: it runs in train mode while it
-    labels, in eval mode when it is evaluated. Decay at update t = 0, 1, ... is min(1 - 1/(t + 1), `decay`), so the
-    first update copies the student. `label` is `model` as it labels a batch, compiled on request; `model` is what is evaluated and saved.
-    """
+    Only parameters are averaged. The batch-norm statistics are the teacher's own: it runs in train
+    mode while it labels, in eval mode when it is evaluated. Decay at update t = 0, 1, ... is
+    min(1 - 1/(t + 1), `decay`), so the first update copies the student. `label` is `model` as it
+    labels a batch, compiled on request; `model` is what is evaluated and saved."""
 
     def __init__(self, student: nn.Module, decay: float = 0.99, compiled: bool = False):
         self.model = copy.deepcopy(student).requires_grad_(False).train()
@@ -216,8 +153,9 @@ class MeanTeacher:
 
     @torch.no_grad()
     def copy_statistics(self, student: nn.Module) -> None:
-        """Take the student's batch-norm statistics; for the warm-up, in which the teacher sees no images."""
-        for mine, theirs in zip(self.model.buffers(), student.buffers()):
+        """Take the student's batch-norm statistics; for the warm-up, in which the teacher sees no
+        images."""
+        for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
 
     def state_dict(self) -> dict:
@@ -228,6 +166,102 @@ class MeanTeacher:
         self.step = state["step"]
 
 
+# ------------------------------------------------------------------------------ a trained network
+class Segmenter(DeepLabV3Plus):
+    """A trained network to use: `classes`, `palette` and `predict`; built from a run's config."""
+
+    def __init__(self, config: dict):
+        # before the network normalised its images itself, all were by ImageNet's constants
+        constants = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        super().__init__(**{**constants, **config["model"], "pretrained": False})
+        self.config, self.classes = config, config["classes"]
+        self.palette = [tuple(colour) for colour in config["palette"]]
+
+    def predict(
+        self,
+        image,
+        probabilities: bool = False,
+        confidence: bool = False,
+        tile: int = 1024,
+        **options,
+    ):
+        """The mask uint8 [H, W] of an image of any size: a path, a PIL image, a uint8 array
+        [H, W, 3] or [H, W], or a uint8 tensor [3, H, W]; of a list the list of masks.
+
+        probabilities  [C, H, W] float32 in place of the mask
+        confidence     (mask, probability of the predicted class float32 [H, W])
+        tile           larger images are predicted in tiles of this side
+        options        scales, flip, window: see prediction.predict_probabilities
+        Raises UserError for a file that is no image."""
+        if isinstance(image, (list, tuple)):
+            return [self.predict(one, probabilities, confidence, tile, **options) for one in image]
+        picture = as_picture(image)
+        size = self.network_size(*picture.shape[-2:])
+        training, device = self.training, self.mean.device
+        self.eval()
+        try:
+            if probabilities:
+                prob = np.empty((len(self.classes), *picture.shape[-2:]), np.float32)
+                strips = predict_strips(self, picture, size, tile, device, **options)
+                for rows, columns, part in strips:
+                    prob[:, rows, columns] = part.cpu().numpy()
+                return prob
+            mask, sure = predict_picture(self, picture, size, tile, device, **options)
+        finally:
+            self.train(training)
+        return (mask, sure) if confidence else mask
+
+    def network_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size at which the network sees a picture: the resolution it was trained at, aspect
+        kept. Where all training images had one size the longer side is brought to theirs, up or
+        down; else a larger picture is brought down. A side has 32 pixels or more, so that any
+        backbone can halve it five times."""
+        arguments = self.config["arguments"]
+        # older configs do not say it: Cityscapes and SUN RGB-D are trained at one size
+        known = {"cityscapes": (512, 1024), "sun": (384, 512)}
+        size = self.config.get("size") or known.get(arguments["dataset"])
+        limit = {"pascal": 500, "folder": arguments.get("max_size")}.get(arguments["dataset"])
+        factor, longer = 1.0, max(height, width)
+        if size:
+            factor = max(size) / longer
+        elif limit:
+            factor = min(1.0, limit / longer)
+        return max(32, round(height * factor)), max(32, round(width * factor))
+
+
+def load(folder: str | Path) -> Segmenter:
+    """The trained network of a run's folder, in eval mode. Raises UserError for a folder that
+    holds none, or a damaged one."""
+    folder = Path(folder)
+    config = read_config(folder)
+    weights = read_weights(folder / "model.safetensors")
+    try:
+        model = Segmenter(config)
+    except UserError:
+        raise
+    except Exception as error:  # whatever timm and torch make of entries that are not theirs
+        raise UserError(
+            f"{folder / 'config.json'}: describes a network that cannot be built "
+            f"({type(error).__name__})"
+        ) from None
+    load_weights(model, weights, folder / "model.safetensors")
+    return model.eval()
+
+
+def as_picture(image) -> Tensor:
+    """Whatever `predict` takes as one image -> uint8 RGB [3, H, W]."""
+    if isinstance(image, Tensor):
+        return image
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise ValueError(f"an image array must be uint8, got {image.dtype}")
+        image = Image.fromarray(image)
+    return to_rgb(image)
+
+
+# --------------------------------------------------------------------------- published checkpoints
 RENAMED = [
     (r"^resnet_", "backbone."),
     (r"^ASPP\.convs\.4\.(\d)", lambda m: f"aspp.pooling.{int(m[1]) - 1}"),

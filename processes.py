@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import UserError
+from errors import UserError
 
 # Seconds that a loader may deliver nothing before the run ends with a line. The environment may say
 # otherwise: more for a file system that is known to sleep longer, less for the tests.

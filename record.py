@@ -4,7 +4,6 @@ import contextlib
 import shlex
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,9 +18,8 @@ from data import Source
 from errors import UserError, need
 from files import write, write_json
 from labels import Division
-from loaders import StepSampler
 from metrics import evaluate, table
-from processes import LIMIT, Stop
+from processes import COLLECTIVE_LIMIT, Stop, speak_for_itself
 from run import resume_command, start_line
 
 
@@ -39,10 +37,10 @@ class Record:
         self.first_bad = BadStep()
         self.stop = Stop()
         # carries a signal round without the device
-        limit = timedelta(seconds=LIMIT)
-        self.control = (
-            torch.distributed.new_group(backend="gloo", timeout=limit) if processes > 1 else None
-        )
+        self.control = None
+        if processes > 1:
+            limit = COLLECTIVE_LIMIT
+            self.control = torch.distributed.new_group(backend="gloo", timeout=limit)
 
     def state_dict(self) -> dict:
         names = ("step", "best", "history", "skipped")
@@ -61,6 +59,7 @@ class Record:
         if self.args.resume:
             line += f" | goes on at step {self.step} of {self.args.iterations}"
         self.say(line)
+        speak_for_itself()
 
     def open(self) -> None:
         """Open the run's folder, bar and tracker: after the first step (--init-from: before its
@@ -315,5 +314,4 @@ class BadStep:
 
 def batch_of_step(loader, step: int) -> list[Tensor]:
     """The batch that a training loader gives at a step, read once more."""
-    sampler = StepSampler(**{**vars(loader.batch_sampler), "start": step, "stop": step + 1})
-    return default_collate([loader.dataset[key] for key in next(iter(sampler))])
+    return default_collate([loader.dataset[key] for key in loader.sampler.batch(step)])

@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,13 @@ from data import Source
 from errors import need
 from models import DeepLabV3Plus
 from options import cores
-from processes import LIMIT
+from processes import COLLECTIVE_LIMIT, start_server
 
 
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
     """Accelerate with the run's precision, tracker and time limit for collectives."""
+    if args.num_workers:
+        start_server()
     # a resumed run keeps its precision (the launcher says "no" where nothing was asked for;
     # check_resumed refuses another)
     unasked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
@@ -35,7 +36,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
             # rank 0's batch-norm statistics go round at every forward: all processes evaluate
             # and save the same network
             DistributedDataParallelKwargs(broadcast_buffers=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=LIMIT)),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_LIMIT),
         ],
     )
     device, processes = accelerator.device.type, accelerator.num_processes
@@ -86,6 +87,7 @@ def new_model(
         "classes": source.classes,
         "palette": source.palette,
         "crop_size": args.crop_size,
+        "size": source.size,
         "arguments": vars(args),
     }
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
@@ -134,6 +136,11 @@ def set_learning_rate(optimizer, args, accelerator: Accelerator, step: int) -> f
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
+
+
+def validation_batch(source: Source) -> int:
+    """Images at once in a validation: street scenes are small."""
+    return 50 if source.name == "street" else 4
 
 
 def seed_step(seed: int, step: int, rank: int) -> np.random.Generator:

@@ -216,16 +216,20 @@ def main() -> None:
         checkpoint.restore(state, **parts)
 
     # batches of the steps that remain; the unlabelled images are scaled after the teacher saw them
+    common = dict(args=args, accelerator=accelerator, start=record.step)
     loader_l = training_loader(
-        source, division.labelled, args, accelerator, stream=0, start=record.step
+        "labelled", source, division.labelled, stream=0, scale=args.scale, **common
     )
     loader_u = training_loader(
-        source, division.unlabelled, args, accelerator, stream=1, start=record.step, scale=(1, 1)
+        "unlabelled", source, division.unlabelled, stream=1, scale=(1.0, 1.0), **common
     )
-    val_loader = evaluation_loader(source, source.val, args, accelerator)
+    val_loader = evaluation_loader(
+        source, source.val, run.validation_batch(source), min(2, args.num_workers), accelerator
+    )
     record.announce(division, [loader_l, loader_u])
     networks = {"teacher": teacher.model, "student": model}  # the first is the one to keep
 
+    val_loader.start()  # now, so that no validation starts a process
     student.train()
     if args.init_from and not state:  # its weights stay until others are better
         record.validate(networks, val_loader)

@@ -10,7 +10,6 @@
 
 import argparse
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -133,11 +132,14 @@ def main() -> None:
 
     # batches of the steps that remain
     loader = training_loader(
-        source, division.labelled, args, accelerator, stream=0, start=record.step
+        "labelled", source, division.labelled, args, accelerator, record.step, 0, args.scale
     )
-    val_loader = evaluation_loader(source, source.val, args, accelerator)
+    val_loader = evaluation_loader(
+        source, source.val, run.validation_batch(source), min(2, args.num_workers), accelerator
+    )
     record.announce(division, [loader])
 
+    val_loader.start()  # now, so that no validation starts a process
     student.train()
     if args.init_from and not state:  # its weights stay until others are better
         record.validate({"student": model}, val_loader)

@@ -1,7 +1,6 @@
 """However the processes of a run start, wait and end: none hangs, none is left."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -91,7 +90,7 @@ class Run:
 
 
 # ------------------------------------------------------------------------------------ no deadlock
-THREADS = '''
+THREADS = """
 import ctypes, os, sys, threading
 
 words = sys.orig_argv[1:4]
@@ -110,7 +109,7 @@ if "-m" not in words and any(os.path.basename(word) == "train_supervised.py" for
 
     for _ in range(3):
         threading.Thread(target=keep_starting, daemon=True).start()
-'''
+"""
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,0 +1,199 @@
+"""The feature extractor of the network: any timm backbone that has what DeepLabV3+ needs, and its
+pretrained weights, from the hub or from a file."""
+
+import contextlib
+import difflib
+import logging
+from pathlib import Path
+
+import timm
+import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from errors import UserError, need
+
+WORKING = (
+    "resnet*, resnext*, regnet*, efficientnet*, mobilenetv3*, convnext*, vit* (DINOv2, DINOv3 too) "
+    "work"
+)
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm looks for on the hub
+# What timm's architectures raise for options that are not theirs.
+REFUSALS = (
+    TypeError,
+    AssertionError,
+    NotImplementedError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+)
+
+
+def build_backbone(
+    name: str, pretrained: bool, output_stride: int, decoder_stride: int, weights: str | None = None
+) -> tuple[nn.Module, int, int, int]:
+    """A timm feature extractor that returns [low-level, deepest] features, their widths, and the
+    patch size (0 for a pyramid).
+
+    pretrained  load timm's weights from the hub, or those of the file `weights`
+    Raises UserError for a backbone that cannot work or weights that cannot be had."""
+    check_name(name)
+    options, low, high, patch = probe_features(name, output_stride, decoder_stride)
+    if not pretrained:
+        return timm.create_model(name, features_only=True, **options), low, high, patch
+    if weights:
+        state, origin = read_weight_file(Path(weights)), f"--backbone-weights {weights}"
+        backbone = timm.create_model(name, features_only=True, **options)
+        load_features(backbone, name, state, origin)
+        return backbone, low, high, patch
+    need(
+        timm.models.is_model_pretrained(name),
+        f"--backbone {name}: timm has no pretrained weights for it; train it from random weights "
+        "with --no-pretrained",
+    )
+    try:
+        check_hub(name)
+        with quiet(logging.getLogger("timm")):
+            backbone = timm.create_model(name, features_only=True, pretrained=True, **options)
+    except Exception as error:  # the hub's clients raise many kinds; the reason is in the line
+        reason = (str(error).strip().splitlines() or [""])[0][:120]
+        raise UserError(
+            f"--backbone {name}: the pretrained weights could not be loaded "
+            f"({type(error).__name__}: {reason}); connect once to download them (they stay in the "
+            "Hugging Face cache), give a file with --backbone-weights, or train from random "
+            "weights with --no-pretrained"
+        ) from error
+    return backbone, low, high, patch
+
+
+def check_name(name: str) -> None:
+    """UserError where timm does not know the model."""
+    try:
+        timm.models.get_pretrained_cfg(name)
+        known = timm.is_model(name.split(".")[0])
+    except RuntimeError:  # a tag that this architecture does not have
+        known = False
+    if not known:
+        names = timm.list_models() + timm.list_pretrained()
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"near it: {', '.join(near)}" if near else WORKING
+        raise UserError(f"--backbone {name}: timm has no such model; {hint}")
+
+
+def probe_features(
+    name: str, output_stride: int, decoder_stride: int
+) -> tuple[dict, int, int, int]:
+    """Options of timm.create_model that give [low-level, deepest] features, their widths, and the
+    patch size (0 for a pyramid)."""
+    refused = (
+        f"--backbone {name} at output stride {output_stride} yields no feature pyramid that "
+        f"DeepLabV3+ can use; {WORKING}"
+    )
+    with torch.device("meta"):  # shapes alone
+        try:
+            options = {"output_stride": output_stride}
+            probe = timm.create_model(name, features_only=True, **options)
+            patch = 0
+        except REFUSALS:  # ViTs know no output stride: their blocks have the stride of the patch
+            try:
+                options = {"dynamic_img_size": True}
+                probe = timm.create_model(name, features_only=True, **options)
+                patch = probe.feature_info.reduction()[-1]
+            except REFUSALS:
+                raise UserError(refused) from None
+    strides, widths = probe.feature_info.reduction(), probe.feature_info.channels()
+    if patch:
+        need(set(strides) == {patch}, refused)  # else a hierarchical transformer such as Swin
+        depth = len(getattr(probe, "model", probe).blocks)
+        options["out_indices"] = (depth // 4, depth - 1)  # an early block keeps the detail
+        return options, widths[0], widths[-1], patch
+    need(
+        decoder_stride in strides,
+        f"--backbone {name} has no features at --decoder-stride {decoder_stride}; it has "
+        f"{sorted(set(strides))}",
+    )
+    low = strides.index(decoder_stride)
+    options["out_indices"] = (low, len(strides) - 1)
+    return options, widths[low], widths[-1], 0
+
+
+def input_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation per channel of the images, in 0 .. 1, that the backbone was trained on."""
+    config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is None:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return tuple(config.mean), tuple(config.std)
+
+
+# ------------------------------------------------------------------------------------- weights
+def check_hub(name: str) -> None:
+    """Raise the hub client's error at once where weights are neither in its cache nor within
+    reach: its download would try again and again for a minute."""
+    repository = timm.models.get_pretrained_cfg(name).hf_hub_id
+    if not repository:
+        return
+    repository = repository if "/" in repository else f"timm/{repository}"
+    cached = (try_to_load_from_cache(repository, file) for file in WEIGHT_FILES)
+    if not any(isinstance(path, str) for path in cached):
+        get_hf_file_metadata(hf_hub_url(repository, "config.json"), timeout=5)
+
+
+def read_weight_file(path: Path) -> dict[str, Tensor]:
+    """The state dict in a safetensors file or in one that torch.save wrote; nothing is
+    unpickled."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"--backbone-weights {path}: no such file") from None
+    except SafetensorError as error:
+        raise UserError(f"--backbone-weights {path}: is no safetensors file ({error})") from None
+    except Exception as error:  # the unpickler and the zip reader raise many kinds
+        raise UserError(
+            f"--backbone-weights {path}: is damaged or holds more than plain tensors, so it is not "
+            f"loaded ({type(error).__name__})"
+        ) from None
+    need(
+        isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()),
+        f"--backbone-weights {path}: is no dictionary of tensors",
+    )
+    return state
+
+
+def load_features(backbone: nn.Module, name: str, state: dict[str, Tensor], origin: str) -> None:
+    """Into the feature extractor the weights of the whole classifier `name`, whose head and last
+    blocks it may lack. UserError where something is missing, unknown or of another shape."""
+    with torch.device("meta"):
+        whole = timm.create_model(name).state_dict()
+    # a feature extractor may flatten its stages ("layers.0" becomes "layers_0") or wrap the model
+    renamed = {key.replace(".", "_"): value for key, value in state.items()}
+    own = backbone.state_dict()
+    keys = {key: key.removeprefix("model.").replace(".", "_") for key in own}
+    odd = [f"it lacks {key}" for key, short in keys.items() if short not in renamed]
+    odd += [f"{key} is unknown to the network" for key in state if key not in whole]
+    odd += [
+        f"{key} is {tuple(renamed[short].shape)}, expected {tuple(own[key].shape)}"
+        for key, short in keys.items()
+        if short in renamed and renamed[short].shape != own[key].shape
+    ]
+    need(
+        not odd,
+        f"{origin}: does not fit --backbone {name} ({odd[0] if odd else ''}; {len(odd)} entries "
+        "differ)",
+    )
+    backbone.load_state_dict({key: renamed[short] for key, short in keys.items()})
+
+
+@contextlib.contextmanager
+def quiet(logger: logging.Logger):
+    """Without the library's notes, for instance on the classifier's keys, which nobody needs."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
