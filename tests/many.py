@@ -1,7 +1,8 @@
-"""Run command lines of the repository, each as a fork of one process that has imported the libraries and drawn the street scenes.
+"""Run command lines of the repository, each as a fork of one process that has imported the
+libraries and drawn the street scenes.
 
-Every line of standard input is a JSON object (commands: a list of [script, argument, ...]; cwd; environment), every line of standard output the
-JSON list of their [status, stdout, stderr].
+Every line of standard input is a JSON object (commands: a list of [script, argument, ...]; cwd;
+environment), every line of standard output the JSON list of their [status, stdout, stderr].
 """
 
 import functools
@@ -22,74 +23,64 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import bench  # noqa: F401
+    import bench  # noqa: F401 (all libraries)
     import street
 
-    street.scene, drawn = functools.cache(street.scene), False
+    street.scene = functools.cache(street.scene)
+    drawn = False
     for line in sys.stdin:
         task = json.loads(line)
-        if not drawn and any(
-            "--dataset" not in command
-            and command[0].startswith("train")
-            and "--resume" not in command
-            for command in task["commands"]
-        ):
-            drawn = [
-                street.scene(part, i)
-                for part in ("train", "val")
-                for i in range(street.SPLITS[part])
-            ]
-        print(
-            json.dumps(
-                [run(command, task["cwd"], task["environment"]) for command in task["commands"]]
-            ),
-            flush=True,
-        )
+        if not drawn and any(needs_street(command) for command in task["commands"]):
+            drawn = True
+            for part in ("train", "val"):
+                for i in range(street.SPLITS[part]):
+                    street.scene(part, i)
+        results = [run(words, task["cwd"], task["environment"]) for words in task["commands"]]
+        print(json.dumps(results), flush=True)
+
+
+def needs_street(command: list[str]) -> bool:
+    return command[0].startswith("train") and not {"--dataset", "--resume"} & set(command)
 
 
 def run(command: list[str], cwd: str, environment: dict[str, str]) -> list:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = os.fork()
         if child == 0:
-            signal.alarm(300)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            for name in (
-                "run",
-                "data",
-                "layouts",
-                "labels",
-                "loaders",
-                "evaluate",
-                "predict",
-                "models",
-                "train_semi",
-                "train_supervised",
-                "bench",
-            ):
-                sys.modules.pop(name, None)  # a script is its own __main__
-            sys.argv = [str(ROOT / command[0]), *command[1:]]
-            status = 1
-            try:
-                os.chdir(cwd)
-                os.environ.clear()
-                os.environ.update(environment)
-                runpy.run_path(sys.argv[0], run_name="__main__")
-                status = 0
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            run_child(command, cwd, environment)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read())
     return [status, texts[0], texts[1] + "\nkilled after 300 s" * (status == -signal.SIGALRM)]
+
+
+def run_child(command: list[str], cwd: str, environment: dict[str, str]) -> None:
+    """The script in this forked process, as if started anew; does not return."""
+    signal.alarm(300)
+    for name, module in list(sys.modules.items()):  # a script imports our modules afresh
+        file = getattr(module, "__file__", None)
+        if file and Path(file).parent == ROOT and name not in ("street", "__main__"):
+            del sys.modules[name]
+    sys.argv = [str(ROOT / command[0]), *command[1:]]
+    status = 1
+    try:
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ.update(environment)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
