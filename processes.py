@@ -195,7 +195,7 @@ def collective_failure(error: RuntimeError) -> str | None:
     if re.search(r"timed? ?out", text, re.IGNORECASE):
         limit = COLLECTIVE_LIMIT.total_seconds()
         return (
-            f"the other processes of the run did not answer in time (a collective has {limit:g} s): "
+            f"the other processes of the run did not answer in time (limit {limit:g} s): "
             f"one of them hangs, or its machine or the network is gone; {go_on}"
         )
     if re.search(r"closed by peer|reset by peer|Broken pipe", text):
