@@ -6,6 +6,7 @@ loader processes by a fork server that the rank starts (see `start_server`). All
 what started them, whatever ends it.
 """
 
+import atexit
 import ctypes
 import gc
 import multiprocessing
@@ -58,6 +59,8 @@ def start_server() -> None:
     if START_METHOD != "forkserver":
         return
     forkserver.set_forkserver_preload(PRELOADED)
+    atexit.unregister(end_workers)
+    atexit.register(end_workers)
     # `timeout` and batch systems send SIGTERM to every process of a job. What follows from it is
     # for the rank to decide, so the server inherits that it is ignored (SIGINT it ignores itself).
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -68,7 +71,8 @@ def start_server() -> None:
 
 
 def start_worker(_: int) -> None:
-    """In a new loader process: leave signals to the rank, and end with it."""
+    """In a new loader process: leave signals to the rank, which kills it (`end_workers`), and end
+    with the rank however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_rank, daemon=True).start()
@@ -79,6 +83,13 @@ def _end_with_rank() -> None:
     # `join` waits for the rank, on a pipe that it alone holds: also while we are stuck in a read.
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def end_workers() -> None:
+    """Before the rank ends. Multiprocessing would send SIGTERM and wait, for stuck ones as well."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 # ------------------------------------------------------------------------------------------ ranks
@@ -158,8 +169,7 @@ def launch(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         status = 130
     finally:
-        for child in multiprocessing.active_children():  # loader processes, stuck ones as well
-            child.kill()
+        end_workers()
     # The error held the loaders' queues in a cycle. Freed now, they leave nothing behind for
     # multiprocessing to complain of.
     gc.collect()
