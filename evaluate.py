@@ -1,4 +1,4 @@
-"""Evaluate a trained run: mIoU, IoU per class, pixel accuracy, boundary IoU, as a table and as JSON.
+"""Evaluate a trained run: mIoU, IoU per class, pixel accuracy, boundary IoU; as table and JSON.
 
     python evaluate.py runs/street-classmix-reco-20-seed0        # the run's own validation images
     python evaluate.py RUN --split test

@@ -26,7 +26,7 @@ def data(tmp_path):
 
 
 def small(script: str, data: Path, folder: Path) -> list[str]:
-    """A run of a tiny network with two loader processes per loader and a validation at every step."""
+    """A run of a tiny network, two loader processes for each loader, a validation at every step."""
     return f"""{script} --dataset folder --data-path {data} --recipe street --crop-size 32
         --batch-size 2 --channels 8 --low-channels 8 --rep-dim 8 --log-with none --num-workers 2
         --val-interval 1 --save-interval 1 --iterations 2000 --out-dir {folder}""".split()
