@@ -154,7 +154,7 @@ def between(v, low, high):
 
 
 def pick(v, options, jitter=0):
-    """One of the options; with jitter a colour, moved by up to that much, each channel by a third."""
+    """One of the options; with jitter a colour, moved by up to that, each channel by a third."""
     choice = options[int(v.rng.random() * len(options))]
     if jitter:
         common = between(v, -jitter, jitter)
@@ -425,7 +425,7 @@ def draw_person(v, x, z, height):
 
 
 def draw_rider(v, x, z):
-    """A rider on a bicycle from the side, more or less turned; what the spokes show is rider too."""
+    """A rider on a bicycle from the side, more or less turned. Between the spokes is rider too."""
     turn = pick(v, (-1, 1)) * between(v, 0.6, 1.0)
     pen, t = brush(v, RIDER, x, z, flip=turn), thin(v, z, 0.07, pixels=1.0)
     coat, trousers, frame = pick(v, CLOTHES, 8), pick(v, CLOTHES[:5], 8), pick(v, PAINT, 8)
