@@ -187,11 +187,16 @@ def collective_failure(error: RuntimeError) -> str | None:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     go_on = "the last checkpoint is kept, go on with --resume"
-    if re.search(r"timed? ?out", text, re.IGNORECASE):
-        waited = COLLECTIVE_LIMIT.total_seconds()
+    if "connectFullMesh" in text:
         return (
-            f"waited {waited:g} s in vain for the other processes of the run (one of them hangs, "
-            f"or its machine or the network is gone); {go_on}"
+            "the processes of the run could not connect; with several machines, set "
+            "GLOO_SOCKET_IFNAME on each to the network interface that reaches the others"
+        )
+    if re.search(r"timed? ?out", text, re.IGNORECASE):
+        limit = COLLECTIVE_LIMIT.total_seconds()
+        return (
+            f"the other processes of the run did not answer in time (limit {limit:g} s): "
+            f"one of them hangs, or its machine or the network is gone; {go_on}"
         )
     if re.search(r"closed by peer|reset by peer|Broken pipe", text):
         # Another process is gone, and its line is the one that counts. Where its launcher is ours

@@ -1,16 +1,25 @@
-"""What a loader's process reads, and in which order."""
+"""What the loaders deliver, from which processes, and what they say when they deliver nothing."""
+
+import os
+import signal
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 import data
 import trees
-from loaders import EvaluationImages, StepSampler, TrainingCrops
+from errors import UserError
+from loaders import EvaluationImages, Loader, PassSampler, StepSampler, TrainingCrops
 from mixing import IGNORE
+from runs import Run, parent, small
+
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 
 
+# -------------------------------------------------------------------------------- images and order
 def test_evaluation_images_are_padded_as_the_protocol_says(tmp_path):
     for kind, size, expected in (
         ("pascal", (375, 500), (513, 513)),
@@ -43,7 +52,7 @@ def test_a_crop_is_a_function_of_index_and_seed_in_whichever_worker(tmp_path):
 
     def batches(workers: int):
         sampler = StepSampler(len(crops), 4, 2, 6, seed=1, stream=0)
-        return list(DataLoader(crops, batch_sampler=sampler, num_workers=workers))
+        return list(Loader("labelled", crops, sampler, workers, pin_memory=False))
 
     for here, there in zip(batches(0), batches(2), strict=True):
         assert here[0].shape == (4, 3, 40, 40) and here[1].shape == (4, 40, 40)
@@ -76,3 +85,100 @@ def test_training_crops_keep_the_same_pixels():
     assert torch.equal(label[known], full[known]) and known.sum() == len(full.unique())
     other_seed = TrainingCrops(source, source.train[:2], (64, 64), (1.0, 1.0), "p0", 8)
     assert not torch.equal(label, other_seed[0, 1][1])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return trees.folder(tmp_path / "data", size=(32, 40), unlabelled=3)
+
+
+def validation(root: Path, num_workers: int) -> Loader:
+    source = data.load_source("folder", str(root))
+    images, sampler = EvaluationImages(source, source.val), PassSampler(len(source.val), 1)
+    return Loader("validation", images, sampler, num_workers, pin_memory=False)
+
+
+def test_every_pass_of_an_evaluation_is_the_same(folder):
+    loader = validation(folder, 1)
+    passes = [[index.tolist() for _, _, index in loader] for _ in range(3)]
+    assert passes == [[[0], [1]]] * 3
+
+
+def test_ranks_share_a_pass():
+    batches = [PassSampler(7, 2, rank, 3).batches for rank in range(3)]
+    assert batches == [[[0, 3], [6]], [[1, 4]], [[2, 5]]]
+    empty = PassSampler(1, 2, 1, 3)
+    assert len(empty) == 0 and list(empty) == []  # no endless loop over nothing
+
+
+# --------------------------------------------------------------------------------------- processes
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+@linux
+def test_loader_processes_come_from_a_process_without_threads_and_stay(folder):
+    loader = validation(folder, 2)
+    before = set(children(os.getpid()))
+    list(loader)
+    workers = [process.pid for process in loader.iterator._workers]
+    parents = {parent(pid) for pid in workers}
+    assert len(parents) == 1 and os.getpid() not in parents
+    (server,) = parents
+    assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
+    modules = Path(f"/proc/{workers[0]}/maps").read_text()
+    assert "libtorch" in modules  # /proc tells the truth about a worker
+    everyone = set(children(os.getpid())), set(children(server))
+    for _ in range(2):
+        list(loader)
+    assert everyone == (
+        set(children(os.getpid())),
+        set(children(server)),
+    )  # no validation starts any
+    assert server in everyone[0] | before
+
+
+# ---------------------------------------------------------------------------------- what they say
+def test_a_bad_file_is_named_in_one_line(folder):
+    victim = folder / "images" / "val" / "val_000.png"
+    loader = validation(folder, 1)
+    victim.write_bytes(victim.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"val_000\.png"):
+        list(loader)
+
+
+@linux
+def test_killed_and_silent_loaders_are_one_line_and_the_run_goes_on(folder, tmp_path):
+    out_dir = tmp_path / "run"
+    words = small("train_semi.py", folder, out_dir)
+    words[words.index("2000")] = "60"
+    with Run(*words) as run:
+        run.validates(out_dir)
+        os.kill(max(run.workers()), signal.SIGKILL)
+        status, lines = run.ends()
+        assert status == 2 and len(lines) == 1, lines
+        assert "a loader process was killed (" in lines[0] and " loader, step " in lines[0]
+        assert not run.alive()
+
+    pictures = sorted(
+        (folder / "images" / "train").glob("train_00[4-6].png")
+    )  # the unlabelled ones
+    with Run(*words, "--resume", RECO_TIMEOUT="2") as run:
+        run.until(lambda: run.alive() and len(run.workers()) == 6)
+        for path in pictures:  # from now on whoever opens them waits
+            path.rename(path.with_suffix(".kept"))
+            os.mkfifo(path)
+        status, lines = run.ends()
+        assert status == 2 and len(lines) == 1, lines
+        assert "nothing was read for 2 s (unlabelled loader, step " in lines[0]
+        assert "images/train/train_00" in lines[0]
+        run.until(lambda: not run.alive(), seconds=5)
+
+    for path in pictures:
+        path.unlink()
+        path.with_suffix(".kept").rename(path)
+    with Run(*words, "--resume") as run:
+        out, err = run.process.communicate(timeout=120)
+        assert run.process.returncode == 0, err[-3000:]
+    assert "goes on at step" in out and "best validation mIoU" in out

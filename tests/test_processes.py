@@ -1,21 +1,18 @@
 """However the processes of a run start, wait and end: none hangs, none is left."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
 import pytest
 
 import trees
-from cli import ENVIRONMENT, ROOT
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-TWO_RANKS = [*TORCHRUN, "--standalone", "--nproc_per_node", "2"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+from processes import collective_failure
+from runs import ACCELERATE, TWO_RANKS, Run, small
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 
@@ -23,70 +20,6 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 @pytest.fixture
 def data(tmp_path):
     return trees.folder(tmp_path / "data", size=(32, 40))
-
-
-def small(script: str, data: Path, folder: Path) -> list[str]:
-    """A run of a tiny network, two loader processes for each loader, a validation at every step."""
-    return f"""{script} --dataset folder --data-path {data} --recipe street --crop-size 32
-        --batch-size 2 --channels 8 --low-channels 8 --rep-dim 8 --log-with none --num-workers 2
-        --val-interval 1 --save-interval 1 --iterations 2000 --out-dir {folder}""".split()
-
-
-class Run:
-    """A command line in a session of its own, and every process that it leads to."""
-
-    def __init__(self, *command, launcher=(sys.executable,), inside=(), **environment):
-        self.mark = f"RECO_TEST={uuid.uuid4()}"
-        marked = dict([self.mark.split("=")], **environment)
-        self.process = subprocess.Popen(
-            [*inside, *launcher, *map(str, command)],
-            cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT, **marked},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for pid in self.alive():
-            os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
-
-    def alive(self, *words: str) -> list[int]:
-        """Its processes; those whose environment or command line contains all the words."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                text = (folder / "environ").read_bytes() + b"\0" + (folder / "cmdline").read_bytes()
-            except OSError:  # just gone
-                continue
-            if all(word.encode() in text.split(b"\0") for word in (self.mark, *words)):
-                found.append(int(folder.name))
-        return found
-
-    def until(self, condition, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, self.told()
-            time.sleep(0.05)
-
-    def validates(self, folder: Path) -> None:
-        """Wait until it is in its steps."""
-        self.until(lambda: (folder / "history.json").exists() or self.process.poll() is not None)
-        assert self.process.poll() is None, self.told()
-
-    def told(self) -> str:
-        self.process.kill()
-        return "\n".join(self.process.communicate())
-
-    def ends(self, seconds: float = 60) -> tuple[int, list[str]]:
-        """Exit status and what the script itself said on standard error."""
-        _, err = self.process.communicate(timeout=seconds)
-        return self.process.returncode, [line for line in err.splitlines() if ".py: " in line]
 
 
 # ------------------------------------------------------------------------------------ no deadlock
@@ -118,7 +51,7 @@ def test_native_threads_that_enter_python_stop_no_loader(ranks, data, tmp_path):
     words = [*small("train_supervised.py", data, tmp_path / "run"), "--iterations", "30"]
     launcher = [sys.executable] if ranks == 1 else TWO_RANKS
     with Run(*words, launcher=launcher, PYTHONPATH=str(tmp_path)) as run:
-        out, err = run.process.communicate(timeout=120)
+        out, err = run.process.communicate(timeout=240)
         assert run.process.returncode == 0, err[-3000:]
     assert out.count(": validation mIoU") == 30 and f"cpu x {ranks}" in out
 
@@ -126,7 +59,12 @@ def test_native_threads_that_enter_python_stop_no_loader(ranks, data, tmp_path):
 # ------------------------------------------------------------------------------ none is left behind
 @pytest.mark.parametrize(
     "launcher, whole_group",
-    [([sys.executable], False), ([sys.executable], True), (TWO_RANKS, False), (ACCELERATE, False)],
+    [
+        ([sys.executable], False),
+        ([sys.executable], True),
+        (TWO_RANKS, False),
+        ([*ACCELERATE, "--num_processes", "1"], False),
+    ],
     ids=["main", "its group", "torchrun", "accelerate launch"],
 )
 def test_nothing_is_left_after_a_kill(launcher, whole_group, data, tmp_path):
@@ -136,7 +74,7 @@ def test_nothing_is_left_after_a_kill(launcher, whole_group, data, tmp_path):
         assert len(run.alive()) >= 6  # it, a fork server, and two processes for each of two loaders
         (os.killpg if whole_group else os.kill)(run.process.pid, signal.SIGKILL)
         run.process.wait()
-        run.until(lambda: not run.alive(), seconds=12)
+        run.until(lambda: not run.alive(), seconds=20)
 
 
 def test_a_run_outlives_the_shell_that_started_it(data, tmp_path):
@@ -159,5 +97,88 @@ def test_a_rank_that_stands_still_ends_the_run(data, tmp_path):
         os.kill(second, signal.SIGSTOP)
         status, lines = run.ends()
         assert status != 0
-        assert len(lines) == 1 and "waited 6 s in vain for the other processes" in lines[0], lines
-        run.until(lambda: not run.alive(), seconds=12)
+        assert len(lines) == 1 and "did not answer in time (limit 6 s)" in lines[0], (
+            lines
+        )
+        run.until(lambda: not run.alive(), seconds=20)
+
+
+def test_errors_in_collectives_are_told_apart(monkeypatch):
+    monkeypatch.setattr("processes.GRACE", 0)
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3")
+    unmet = RuntimeError("Gloo connectFullMesh failed with [...] timed out connecting: SO_ERROR")
+    late = RuntimeError("Timed out waiting 6000ms for recv operation to complete")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert "another process of the run has ended" in collective_failure(gone)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "GLOO_SOCKET_IFNAME" in collective_failure(unmet)
+    assert "did not answer in time" in collective_failure(late)
+    assert collective_failure(RuntimeError("shapes differ")) is None
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert collective_failure(late) is None
+
+
+# --------------------------------------------------------------------------------------- two nodes
+class Network:
+    """Two network namespaces joined by a cable; each has an interface and an address."""
+
+    def __init__(self):
+        tag = uuid.uuid4().hex[:6]
+        self.names = [f"reco{tag}{end}" for end in "ab"]
+        self.interfaces = [f"v{tag}{end}" for end in "ab"]
+        self.address = "10.77.0.1"
+
+    def __enter__(self):
+        (a, b), (to_b, to_a) = self.names, self.interfaces
+        try:
+            self.ip(f"netns add {a}")
+            self.ip(f"netns add {b}")
+            self.ip(f"link add {to_b} netns {a} type veth peer name {to_a} netns {b}")
+            for number, (name, cable) in enumerate(
+                zip(self.names, self.interfaces, strict=True), 1
+            ):
+                self.ip(f"-n {name} addr add 10.77.0.{number}/24 dev {cable}")
+                self.ip(f"-n {name} link set lo up")
+                self.ip(f"-n {name} link set {cable} up")
+        except subprocess.CalledProcessError as error:
+            self.__exit__()
+            pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        return self
+
+    def __exit__(self, *_):
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+    def ip(self, words: str) -> None:
+        subprocess.run(["ip", *words.split()], check=True, capture_output=True, text=True)
+
+
+def test_two_nodes(data, tmp_path):
+    if not shutil.which("ip"):
+        pytest.skip("no network namespaces here: iproute2 is not installed")
+    port = "29511"
+
+    def node(rank: int, network: Network) -> Run:  # as README has it, on CPUs
+        launcher = [*ACCELERATE, "--config_file", "accelerate_config.yaml", "--num_machines", "2"]
+        launcher += ["--num_processes", "2", "--machine_rank", str(rank)]
+        launcher += ["--main_process_ip", network.address, "--main_process_port", port]
+        words = small("train_supervised.py", data, tmp_path / f"node{rank}")
+        return Run(
+            *words,
+            *("--iterations", "3"),
+            launcher=launcher,
+            inside=["ip", "netns", "exec", network.names[rank]],
+            GLOO_SOCKET_IFNAME=network.interfaces[rank],
+        )
+
+    with Network() as network, node(0, network) as first, node(1, network) as second:
+        out, err = first.process.communicate(timeout=120)
+        assert first.process.returncode == 0, err[-3000:]
+        assert second.process.wait(timeout=60) == 0
+    assert "cpu x 2" in out and out.count(": validation mIoU") == 3
+    # the first node writes, the other one does not
+    assert (tmp_path / "node0" / "model.safetensors").exists()
+    assert not (tmp_path / "node1").exists()
