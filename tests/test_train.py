@@ -216,7 +216,7 @@ def test_sparse_masks_switch_partial_labels_on(tmp_path):
 
 
 def test_going_on_from_a_run(tmp_path):
-    """--init-from: a tenth of the rate by default, and the weights stay the run's model until others
+    """--init-from: a tenth of the rate by default; the weights stay the run's model until others
     are better."""
     tree = trees.folder(tmp_path / "data", train=4, val=2, unlabelled=4)
     common = [
