@@ -6,6 +6,7 @@ loader processes by a fork server that the rank starts (see `start_server`). All
 what started them, whatever ends it.
 """
 
+import atexit
 import ctypes
 import gc
 import multiprocessing
@@ -55,6 +56,8 @@ def start_server() -> None:
     memory, TensorBoard): a child that is forked while another thread holds one of the interpreter's
     locks waits for that lock for ever (pytorch/pytorch 130610, 138957). The fork server has one
     thread and does nothing but import."""
+    atexit.unregister(kill_loader_processes)
+    atexit.register(kill_loader_processes)
     if START_METHOD != "forkserver":
         return
     forkserver.set_forkserver_preload(PRELOADED)
@@ -65,6 +68,13 @@ def start_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def kill_loader_processes() -> None:
+    """End them, stuck ones as well: at its end Python asks with SIGTERM, which they leave to the
+    rank, and would wait for them for ever."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def start_worker(_: int) -> None:
@@ -158,8 +168,7 @@ def launch(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         status = 130
     finally:
-        for child in multiprocessing.active_children():  # loader processes, stuck ones as well
-            child.kill()
+        kill_loader_processes()
     # The error held the loaders' queues in a cycle. Freed now, they leave nothing behind for
     # multiprocessing to complain of.
     gc.collect()

@@ -119,7 +119,7 @@ def test_pictures_of_every_kind_and_size(street, script, tmp_path):
             "grey16",
         )
     }
-    assert len(np.unique(masks["rgb"])) > 2 and masks["rgb"].shape == (56, 80)
+    assert len(np.unique(masks["rgb"])) > 1 and masks["rgb"].shape == (56, 80)
     for one, other in (
         ("rgba", "rgb"),
         ("turned", "rgb"),
