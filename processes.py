@@ -56,11 +56,11 @@ def start_server() -> None:
     memory, TensorBoard): a child that is forked while another thread holds one of the interpreter's
     locks waits for that lock for ever (pytorch/pytorch 130610, 138957). The fork server has one
     thread and does nothing but import."""
-    atexit.unregister(kill_loader_processes)
-    atexit.register(kill_loader_processes)
     if START_METHOD != "forkserver":
         return
     forkserver.set_forkserver_preload(PRELOADED)
+    atexit.unregister(end_workers)
+    atexit.register(end_workers)
     # `timeout` and batch systems send SIGTERM to every process of a job. What follows from it is
     # for the rank to decide, so the server inherits that it is ignored (SIGINT it ignores itself).
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -70,15 +70,9 @@ def start_server() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def kill_loader_processes() -> None:
-    """End them, stuck ones as well: at its end Python asks with SIGTERM, which they leave to the
-    rank, and would wait for them for ever."""
-    for child in multiprocessing.active_children():
-        child.kill()
-
-
 def start_worker(_: int) -> None:
-    """In a new loader process: leave signals to the rank, and end with it."""
+    """In a new loader process: leave signals to the rank, which kills it (`end_workers`), and end
+    with the rank however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_rank, daemon=True).start()
@@ -89,6 +83,13 @@ def _end_with_rank() -> None:
     # `join` waits for the rank, on a pipe that it alone holds: also while we are stuck in a read.
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def end_workers() -> None:
+    """Before the rank ends. Multiprocessing would send them SIGTERM and wait, for a stuck one too."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 # ------------------------------------------------------------------------------------------ ranks
@@ -168,7 +169,7 @@ def launch(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         status = 130
     finally:
-        kill_loader_processes()
+        end_workers()
     # The error held the loaders' queues in a cycle. Freed now, they leave nothing behind for
     # multiprocessing to complain of.
     gc.collect()

@@ -164,14 +164,14 @@ def test_killed_and_silent_loaders_are_one_line_and_the_run_goes_on(folder, tmp_
     pictures = sorted(
         (folder / "images" / "train").glob("train_00[4-6].png")
     )  # the unlabelled ones
-    with Run(*words, "--resume", RECO_TIMEOUT="2") as run:
+    with Run(*words, "--resume", RECO_TIMEOUT="8") as run:
         run.until(lambda: run.alive() and len(run.workers()) == 6)
         for path in pictures:  # from now on whoever opens them waits
             path.rename(path.with_suffix(".kept"))
             os.mkfifo(path)
         status, lines = run.ends()
         assert status == 2 and len(lines) == 1, lines
-        assert "nothing was read for 2 s (unlabelled loader, step " in lines[0]
+        assert "nothing was read for 8 s (unlabelled loader, step " in lines[0]
         assert "images/train/train_00" in lines[0]
         run.until(lambda: not run.alive(), seconds=5)
 

@@ -90,14 +90,14 @@ def test_a_run_outlives_the_shell_that_started_it(data, tmp_path):
 # --------------------------------------------------------------------------------- silence is told
 def test_a_rank_that_stands_still_ends_the_run(data, tmp_path):
     words = small("train_supervised.py", data, tmp_path / "run")
-    environment = dict(RECO_TIMEOUT="5", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
+    environment = dict(RECO_TIMEOUT="10", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
     with Run(*words, launcher=TWO_RANKS, **environment) as run:
         run.validates(tmp_path / "run")
         (second,) = run.alive("RANK=1", "--data-path", "-u")
         os.kill(second, signal.SIGSTOP)
         status, lines = run.ends()
         assert status != 0
-        assert len(lines) == 1 and "did not answer in time (limit 6 s)" in lines[0], lines
+        assert len(lines) == 1 and "did not answer in time (limit 12 s)" in lines[0], lines
         run.until(lambda: not run.alive(), seconds=20)
 
 
