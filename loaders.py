@@ -178,8 +178,8 @@ class Loader:
         while True:
             try:
                 return next(self.iterator)
-            except RuntimeError as error:  # DataLoader has no classes for these two
-                if "exited unexpectedly" in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                if is_of_a_dead_process(error):
                     raise UserError(
                         f"a loader process was killed ({self.missing(step)}), most often by the "
                         "system for want of memory: take a smaller --num-workers (a training run "
@@ -199,6 +199,14 @@ class Loader:
         indices = [key[0] if isinstance(key, tuple) else key for key in keys]
         images = dict.fromkeys(self.dataset.samples[index].image for index in indices)
         return f"{self.name} loader, step {step}, images {', '.join(images)}"
+
+
+def is_of_a_dead_process(error: Exception) -> bool:
+    """DataLoader has no class for it. A batch whose process dies before it is fetched altogether is
+    an error of their connection; what a process itself raises arrives with its traceback."""
+    broken = isinstance(error, ConnectionError | EOFError)
+    told = "in DataLoader worker process" in str(error)
+    return "exited unexpectedly" in str(error) or (broken and not told)
 
 
 @contextlib.contextmanager

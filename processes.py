@@ -86,7 +86,7 @@ def _end_with_rank() -> None:
 
 
 def end_workers() -> None:
-    """Before the rank ends. Multiprocessing would use SIGTERM and wait, for a stuck one too."""
+    """Before the rank ends. Multiprocessing would send SIGTERM and wait, for stuck ones as well."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
