@@ -92,18 +92,17 @@ def probe_features(
         f"--backbone {name} at output stride {output_stride} yields no feature pyramid that "
         f"DeepLabV3+ can use; {WORKING}"
     )
-    with torch.device("meta"):  # shapes alone
+    try:
+        options = {"output_stride": output_stride}
+        probe = timm.create_model(name, features_only=True, **options)
+        patch = 0
+    except REFUSALS:  # ViTs know no output stride: their blocks have the stride of the patch
         try:
-            options = {"output_stride": output_stride}
+            options = {"dynamic_img_size": True}
             probe = timm.create_model(name, features_only=True, **options)
-            patch = 0
-        except REFUSALS:  # ViTs know no output stride: their blocks have the stride of the patch
-            try:
-                options = {"dynamic_img_size": True}
-                probe = timm.create_model(name, features_only=True, **options)
-                patch = probe.feature_info.reduction()[-1]
-            except REFUSALS:
-                raise UserError(refused) from None
+            patch = probe.feature_info.reduction()[-1]
+        except REFUSALS:
+            raise UserError(refused) from None
     strides, widths = probe.feature_info.reduction(), probe.feature_info.channels()
     if patch:
         need(set(strides) == {patch}, refused)  # else a hierarchical transformer such as Swin

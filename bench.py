@@ -1,4 +1,4 @@
-"""Time a real training step by part, with and without ReCo, and the loss alone, on synthetic images.
+"""Time a training step by part, with and without ReCo, and the loss alone, on synthetic images.
 
     python bench.py                                   # street on whatever is there
     python bench.py --dataset cityscapes --steps 20   # ResNet-101, 2 + 2 crops of 512x512

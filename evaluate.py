@@ -1,4 +1,4 @@
-"""Evaluate a trained run: mIoU, IoU per class, pixel accuracy, boundary IoU, as a table and as JSON.
+"""Evaluate a trained run: mIoU, IoU per class, pixel accuracy, boundary IoU; as table and JSON.
 
     python evaluate.py runs/street-classmix-reco-20-seed0        # the run's own validation images
     python evaluate.py RUN --split test
@@ -28,7 +28,7 @@ from published import load_published
 def parse_options() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("run", nargs="?", metavar="RUN", help="a run's folder, or user/name on the hub")
+    add("run", nargs="?", metavar="RUN", help="a run's folder")
     add(
         "--checkpoint",
         metavar="FILE",

@@ -1,7 +1,7 @@
 """Compare the methods: train what is missing, write one CSV, tables and figures.
 
 python experiments.py                                        # the streets: no download
-python experiments.py --only camvid                          # photographs (README, Results)
+python experiments.py --only camvid                          # photographs (docs/results.md)
 python experiments.py --only "camvid, 20 labels" --seeds 0   # one setting, one seed
 python experiments.py --only camvid --list                   # the runs wanted and done
 python experiments.py --results docs                         # go on from the committed results

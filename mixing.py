@@ -1,4 +1,4 @@
-"""CutOut, CutMix and ClassMix: the three ways to mix a batch of pseudo-labelled images (paper, section 3.3)."""
+"""CutOut, CutMix and ClassMix: three ways to mix a pseudo-labelled batch (paper, section 3.3)."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,14 @@ STRATEGIES = ("cutout", "cutmix", "classmix")
 def mix(
     images: Tensor, labels: Tensor, confidence: Tensor, strategy: str, fill: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix each image with the next one of the batch (the last with the first), under one mask for all three.
+    """Mix each image with the next of the batch (the last with the first), one mask for all three.
 
-    images [B, 3, H, W] float; labels [B, H, W] int64, 255 = ignored; confidence [B, H, W] float in [0, 1].
-    cutout    a random rectangle of half the area is removed: `fill` in the image, ignored, confidence 0
+    images [B, 3, H, W] float; labels [B, H, W] int64, 255 = ignored; confidence [B, H, W] float in
+    [0, 1].
+    cutout    a random rectangle of half the area goes: `fill` in the image, ignored, confidence 0
     cutmix    that rectangle comes from the next image
-    classmix  a random half (rounded down) of the classes in the label is kept, the rest comes from the next image
+    classmix  a random half (rounded down) of the classes in the label is kept, the rest comes from
+              the next image
     Returns the mixed three. Nothing waits for the device. Raises ValueError for another strategy.
     """
     if strategy == "classmix":
@@ -31,7 +33,7 @@ def mix(
             torch.where(keep, labels, IGNORE),
             torch.where(keep, confidence, 0.0),
         )
-    # image b + 1 in the place of b; a weight of 0 or 1 copies exactly, in half the time of torch.where
+    # image b + 1 in the place of b; a weight of 0 or 1 copies exactly, twice as fast as torch.where
     return (
         images.roll(-1, 0).lerp_(images, keep[:, None].to(images.dtype)),
         torch.where(keep, labels, labels.roll(-1, 0)),
@@ -40,28 +42,26 @@ def mix(
 
 
 def rectangle_mask(batch: int, height: int, width: int, device="cpu") -> Tensor:
-    """[B, H, W] bool: True inside one rectangle per image of half its area, of random shape and place. Drawn on the CPU, sent without waiting."""
+    """[B, H, W] bool: True inside one rectangle per image: half its area, any shape and place.
+
+    Drawn on the CPU, sent without waiting."""
     if width < 2 or height < 2:
         return torch.zeros(batch, height, width, dtype=torch.bool, device=device)
     u = torch.rand(batch, 3)
-    w = (
-        (width / 2 + 1 + u[:, 0] * (width / 2 - 1)).long().clamp(max=width)
-    )  # more than half of the width ...
+    w = width / 2 + 1 + u[:, 0] * (width / 2 - 1)  # more than half of the width ...
+    w = w.long().clamp(max=width)
     h = (height * width / 2 / w).round().long()  # ... so less than the height
     x, y = (u[:, 1] * (width - w + 1)).long(), (u[:, 2] * (height - h + 1)).long()
-    left, right, top, bottom = torch.stack([x, x + w, y, y + h]).to(device, non_blocking=True)[
-        ..., None
-    ]  # [B, 1] each
+    edges = torch.stack([x, x + w, y, y + h]).to(device, non_blocking=True)
+    left, right, top, bottom = edges[..., None]  # [B, 1] each
     columns, rows = torch.arange(width, device=device), torch.arange(height, device=device)
-    inside = (
-        ((rows >= top) & (rows < bottom))[:, :, None],
-        ((columns >= left) & (columns < right))[:, None, :],
-    )
-    return inside[0] & inside[1]
+    inside_rows = (rows >= top) & (rows < bottom)
+    inside_columns = (columns >= left) & (columns < right)
+    return inside_rows[:, :, None] & inside_columns[:, None, :]
 
 
 def class_mask(labels: Tensor) -> Tensor:
-    """[B, H, W] bool: True on the pixels of a random half (rounded down) of the classes in each label map."""
+    """[B, H, W] bool: True on a random half (rounded down) of the classes of each label map."""
     flat = labels.flatten(1)
     present = torch.zeros(len(flat), IGNORE + 1, dtype=torch.bool, device=labels.device)
     present.scatter_(1, flat, True)

@@ -95,7 +95,8 @@ class DeepLabV3Plus(nn.Module):
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: 1x1, three atrous 3x3 and the image's mean, side by side, then projected."""
+    """Atrous spatial pyramid pooling: 1x1, three atrous 3x3 and the image's mean, side by side,
+    then projected."""
 
     def __init__(self, in_channels: int, channels: int, rates: tuple[int, ...]):
         super().__init__()

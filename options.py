@@ -380,6 +380,8 @@ def fill_from_recipe(args: argparse.Namespace) -> None:
     if begun:  # the network is that of the run
         recipe |= {k: v for k, v in begun["model"].items() if k in recipe and v is not None}
         recipe["lr"] /= 10  # the full rate would undo what the weights know
+    if args.backbone_weights:  # also where the recipe begins with random weights
+        recipe["pretrained"] = True
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

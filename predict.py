@@ -3,7 +3,6 @@ picture's own size, and an overlay.
 
     python predict.py RUN photo.jpg holiday --out-dir predictions   # holiday/a/b.jpg -> a/b.png
     python predict.py RUN unlabelled --out-dir predictions --suggest 10    # ... and what to label
-    python predict.py user/name photo.jpg --out-dir predictions     # a model on the hub
     python predict.py RUN --onnx network.onnx      # RGB [B, 3, H, W] in 0 .. 1 -> logits
     python predict.py --checkpoint published_reco.pth --dataset cityscapes street.png \
         --out-dir predictions
@@ -43,7 +42,7 @@ def parse_options() -> argparse.Namespace:
         "paths",
         nargs="*",
         metavar="RUN IMAGE_OR_FOLDER",
-        help="a run's folder or user/name on the hub, then pictures and folders of pictures",
+        help="a run's folder, then pictures and folders of pictures",
     )
     add("--out-dir", metavar="DIR", help="where the masks and overlays go")
     add("--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run")

@@ -35,7 +35,7 @@ COLLECTIVE_LIMIT = timedelta(seconds=1.2 * LIMIT)
 GRACE = 10  # seconds that a launcher has to end its ranks, and a rank without launcher to save
 
 START_METHOD = "forkserver" if hasattr(os, "fork") else "spawn"  # Windows has no fork
-PRELOADED = ["torch", "torch.utils.data", "numpy", "PIL.Image", "tqdm"]
+PRELOADED = ["torch.utils.data", "torchvision.transforms.v2.functional", "PIL.Image", "tqdm"]
 LAUNCHERS = {"torchrun", "accelerate", "accelerate-launch"}
 LAUNCHER_MODULES = {
     "torch.distributed.run",

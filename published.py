@@ -5,16 +5,14 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoint import load_weights, read_torch
-from data import CITYSCAPES, PASCAL, SUN, voc_palette
+from data import SOURCES
 from errors import need
 from models import Segmenter, convert_reco_checkpoint
 from recipes import RECIPES
 
 # data set -> class names and palette
 CLASSES = {
-    "cityscapes": ([name for _, name, _ in CITYSCAPES], [colour for _, _, colour in CITYSCAPES]),
-    "pascal": (PASCAL, voc_palette(21)),
-    "sun": (SUN, voc_palette(38)[1:]),
+    name: (SOURCES[name].classes, SOURCES[name].palette) for name in ("cityscapes", "pascal", "sun")
 }
 
 

@@ -2,15 +2,18 @@
 Writes a `folder` data set of real handwriting, to try the path that your own pictures will take.
 
     $ python examples/handwriting.py dataset/handwriting
-    $ accelerate launch train_semi.py --reco --dataset folder --data-path dataset/handwriting --num-labeled 60 \
-          --recipe street --warmup-iterations 600
+    $ accelerate launch train_semi.py --reco --dataset folder --data-path dataset/handwriting \
+          --num-labeled 60 --recipe street --warmup-iterations 600
 
-Each picture shows two to five of the 1,797 handwritten digits (8x8 pixels) that scikit-learn carries, enlarged,
-slanted and inked onto paper, wood or something blotchy; its label says which pixels are a zero, a one, ... or none.
-No digit is used in two of the training, validation and test pictures. The layout is the one to copy for your own data:
+Each picture shows two to five of the 1,797 handwritten digits (8x8 pixels) that scikit-learn
+carries, enlarged, slanted and inked onto paper, wood or something blotchy; its label says which
+pixels are a zero, a one, ... or none. No digit is used in two of the training, validation and test
+pictures. The layout is the one to copy for your own data:
 
-    DIR/images/{train,val,test}/NNNN.png    the pictures, RGB (test: for evaluate.py --split test; may be left out)
-    DIR/labels/{train,val,test}/NNNN.png    palette PNGs of that size: 0 background, 1 ... 10 the digits (255: not labelled)
+    DIR/images/{train,val,test}/NNNN.png    the pictures, RGB (test: for evaluate.py --split test;
+                                            may be left out)
+    DIR/labels/{train,val,test}/NNNN.png    palette PNGs of that size: 0 background, 1 ... 10 the
+                                            digits (255: not labelled)
     DIR/classes.txt                         one class name a line, in the order of the indices
 """
 
@@ -49,7 +52,7 @@ PALETTE = [
     (224, 92, 186),
     (188, 152, 126),
 ]
-GROUNDS = [
+GROUNDS = [  # paper, card, wood, slate, blackboard
     (236, 228, 208),
     (222, 224, 226),
     (196, 170, 128),
@@ -60,8 +63,8 @@ GROUNDS = [
     (56, 74, 66),
     (204, 148, 132),
     (94, 66, 48),
-]  # paper, card, wood, slate, blackboard
-INKS = [
+]
+INKS = [  # pens, chalks
     (28, 30, 40),
     (36, 52, 120),
     (130, 30, 34),
@@ -71,15 +74,16 @@ INKS = [
     (246, 214, 110),
     (150, 206, 220),
     (250, 170, 150),
-]  # pens, chalks
+]
 
 
 def split_digits(targets, seed):
-    """Indices of the training, validation and test digits: three quarters, an eighth and an eighth of every class."""
+    """Indices of the training, validation and test digits: 3/4, 1/8 and 1/8 of every class."""
     rng, parts = np.random.default_rng(seed), ([], [], [])
     for digit in range(10):
         order = rng.permutation(np.flatnonzero(targets == digit))
-        for part, mine in zip(parts, np.split(order, [len(order) * 6 // 8, len(order) * 7 // 8])):
+        cuts = [len(order) * 6 // 8, len(order) * 7 // 8]
+        for part, mine in zip(parts, np.split(order, cuts), strict=True):
             part.extend(mine)
     return tuple(np.array(part) for part in parts)
 
@@ -91,17 +95,17 @@ def smooth_noise(rng, size, rows, columns):
 
 
 def draw_ground(rng, size):
-    """Paper, a board or a stained wall, lit from one side: float [size, size, 3], 0..255, and its base colour [3]."""
+    """Paper, a board or a stained wall, lit from one side.
+
+    Returns float [size, size, 3], 0..255, and its base colour [3]."""
     base = np.array(GROUNDS[rng.integers(len(GROUNDS))]) + rng.uniform(-12, 12, 3)
     kind = rng.integers(3)
     if kind == 0:  # paper: fine fibres
-        texture = 6 * smooth_noise(rng, size, size // 2, size // 2) + 6 * smooth_noise(
-            rng, size, 5, 5
-        )
+        texture = 6 * smooth_noise(rng, size, size // 2, size // 2)
+        texture = texture + 6 * smooth_noise(rng, size, 5, 5)
     elif kind == 1:  # wood: rings, drawn out along the grain
-        texture = 16 * np.sin(9 * smooth_noise(rng, size, 7, 2)) + 7 * smooth_noise(
-            rng, size, size // 2, 4
-        )
+        texture = 16 * np.sin(9 * smooth_noise(rng, size, 7, 2))
+        texture = texture + 7 * smooth_noise(rng, size, size // 2, 4)
         texture = texture.T if rng.random() < 0.5 else texture
     else:  # blotches
         texture = 26 * smooth_noise(rng, size, 6, 6) + 12 * smooth_noise(rng, size, 14, 14)
@@ -112,30 +116,24 @@ def draw_ground(rng, size):
 
 
 def draw_digit(rng, digit, height):
-    """One 8x8 digit (values 0..16) enlarged to about `height` pixels, turned and slanted: float [n, n], 0..16."""
+    """One 8x8 digit (values 0..16) about `height` pixels high, turned, slanted: float [n, n]."""
     n, turn, slant = math.ceil(1.5 * height), rng.uniform(-0.15, 0.15), rng.uniform(-0.12, 0.12)
     stretch = rng.uniform(0.9, 1.1)
     cos, sin, unit = math.cos(turn), math.sin(turn), 8 / height
-    a, b, d, e = (
-        unit * stretch * (cos + slant * sin),
-        unit * stretch * (slant * cos - sin),
-        unit * sin,
-        unit * cos,
-    )
-    middle = (
-        n / 2
-    )  # picture coordinates (u, v) -> digit coordinates; the digit lies in the middle of 12x12
-    source = Image.fromarray(np.pad(digit, 2).astype(np.float32))
+    # picture coordinates (u, v) -> digit coordinates; the digit lies in the middle of 12x12
+    a, b = unit * stretch * (cos + slant * sin), unit * stretch * (slant * cos - sin)
+    d, e, middle = unit * sin, unit * cos, n / 2
     matrix = (a, b, 6 - (a + b) * middle, d, e, 6 - (d + e) * middle)
-    return np.asarray(
-        source.transform((n, n), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-    )
+    source = Image.fromarray(np.pad(digit, 2).astype(np.float32))
+    drawn = source.transform((n, n), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+    return np.asarray(drawn)
 
 
 def draw_scene(rng, digits, targets, indices, size=64):
     """
     Two to five of the digits `indices` (into digits [N, 8, 8] and targets [N]) on a ground.
-    Returns image uint8 [size, size, 3], label uint8 [size, size] (0 background, 1 + digit), list of the indices used.
+    Returns image uint8 [size, size, 3], label uint8 [size, size] (0 background, 1 + digit), list of
+    the indices used.
     """
     image, base = draw_ground(rng, size)
     label, used = np.zeros((size, size), np.uint8), []
@@ -147,16 +145,13 @@ def draw_scene(rng, digits, targets, indices, size=64):
         stroke, mask = (m[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1] for m in (stroke, mask))
         h, w = mask.shape
         places = [(rng.integers(0, size - h + 1), rng.integers(0, size - w + 1)) for _ in range(30)]
-        places = [
-            (y, x) for y, x in places if not (label[y : y + h, x : x + w] * mask).any()
-        ]  # may touch, never cover
+        # digits may touch, never cover each other
+        places = [(y, x) for y, x in places if not (label[y : y + h, x : x + w] * mask).any()]
         if not places:
             continue
         y, x = places[0]
-        window, opacity = (
-            image[y : y + h, x : x + w],
-            np.clip((stroke - 4) / 5, 0, 1)[..., None] * rng.uniform(0.85, 1),
-        )
+        window = image[y : y + h, x : x + w]
+        opacity = np.clip((stroke - 4) / 5, 0, 1)[..., None] * rng.uniform(0.85, 1)
         window += (ink - window) * opacity
         label[y : y + h, x : x + w][mask] = targets[index] + 1
         used.append(int(index))
@@ -174,16 +169,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "dir", metavar="DIR", type=Path, help="where to write; must not exist, or be empty"
-    )
-    parser.add_argument("--train", type=int, default=600, help="training pictures")
-    parser.add_argument("--val", type=int, default=150, help="validation pictures")
-    parser.add_argument("--test", type=int, default=300, help="test pictures")
-    parser.add_argument(
-        "--size", type=int, default=64, help="width and height in pixels, 32 or more"
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("dir", metavar="DIR", type=Path, help="where to write; must not exist, or be empty")
+    add("--train", type=int, default=600, help="training pictures")
+    add("--val", type=int, default=150, help="validation pictures")
+    add("--test", type=int, default=300, help="test pictures")
+    add("--size", type=int, default=64, help="width and height in pixels, 32 or more")
+    add("--seed", type=int, default=0)
     args = parser.parse_args()
     if min(args.train, args.val, args.test) < 1:
         refuse(f"--train {args.train} --val {args.val} --test {args.test}: each must be 1 or more")
@@ -199,9 +191,8 @@ def main():
         refuse("the digits come with scikit-learn: pip install scikit-learn")
 
     data = load_digits()
-    for number, (split, count) in enumerate(
-        (("train", args.train), ("val", args.val), ("test", args.test))
-    ):
+    counts = {"train": args.train, "val": args.val, "test": args.test}
+    for number, (split, count) in enumerate(counts.items()):
         indices = split_digits(data.target, args.seed)[number]
         for kind in ("images", "labels"):
             try:
@@ -217,11 +208,13 @@ def main():
             label.save(args.dir / "labels" / split / f"{i:04d}.png")
     (args.dir / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     print(
-        f"{args.dir}: {args.train} training, {args.val} validation and {args.test} test pictures, {args.size}x{args.size}, with labels"
+        f"{args.dir}: {args.train} training, {args.val} validation and {args.test} test pictures, "
+        f"{args.size}x{args.size}, with labels"
     )
-    folder = shlex.quote(str(args.dir))
     print(
-        f"try: accelerate launch train_semi.py --reco --dataset folder --data-path {folder} --num-labeled 60 --recipe street --warmup-iterations 600"
+        "try: accelerate launch train_semi.py --reco --dataset folder "
+        f"--data-path {shlex.quote(str(args.dir))} --num-labeled 60 --recipe street "
+        "--warmup-iterations 600"
     )
 
 

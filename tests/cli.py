@@ -79,7 +79,8 @@ def forks() -> subprocess.Popen:
 
 
 def run_many(commands: list, cwd=ROOT, **environment) -> list:
-    """[status, stdout, stderr] of each command line. The libraries are imported once for all (many.py), which saves several seconds each."""
+    """[status, stdout, stderr] of each command line. The libraries are imported once for all
+    (many.py), which saves several seconds each."""
     task = {
         "commands": [[str(word) for word in command] for command in commands],
         "cwd": str(cwd),

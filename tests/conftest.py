@@ -2,6 +2,29 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script(module, arguments ...) -> status, stdout, stderr: what `python MODULE.py ARGUMENTS`
+    does, without its start."""
+    import processes  # found once the path above is set
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            processes.launch(module.main)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        return status, *capsys.readouterr()
+
+    return call

@@ -1,4 +1,5 @@
-"""Whatever is wrong with the input: one line on stderr that names the culprit, exit status 2, and no half-written run."""
+"""Whatever is wrong with the input: one line on stderr that names the culprit, exit status 2, and
+no half-written run."""
 
 import io
 import json
@@ -33,7 +34,8 @@ def paint(path: Path, values) -> None:
 
 
 def cases(tmp: Path) -> dict[str, tuple[list, str]]:
-    """name -> (command line without --out-dir for the training scripts, what its line on stderr must name)."""
+    """name -> (command line without --out-dir for the training scripts, what its line on stderr
+    must name)."""
     table, number = {}, iter(range(10_000))
 
     def case(name: str, command: list, culprit: str) -> None:
@@ -62,6 +64,7 @@ def cases(tmp: Path) -> dict[str, tuple[list, str]]:
         ]
 
     # ---- flags
+    save_file({"a": torch.zeros(1)}, tmp / "net.safetensors")
     for script in TRAIN:
         case(
             f"{script} reco without head",
@@ -108,6 +111,28 @@ def cases(tmp: Path) -> dict[str, tuple[list, str]]:
             f"{script} weights offline",
             [script, "--backbone", "resnet18", "--pretrained"],
             "--no-pretrained",
+        )
+        for file in ("nofile.safetensors", "nofile.pth"):
+            case(f"{script} weights from {file}", [script, "--backbone-weights", tmp / file], file)
+        case(
+            f"{script} weights of another network",
+            [script, "--backbone-weights", tmp / "net.safetensors"],
+            "net.safetensors",
+        )
+        case(
+            f"{script} pickle as backbone weights",
+            [script, "--backbone-weights", tmp / "evil.pth"],
+            "evil.pth",
+        )
+        case(
+            f"{script} backbone weights and none",
+            [script, "--backbone-weights", tmp / "net.safetensors", "--no-pretrained"],
+            "--no-pretrained",
+        )
+        case(
+            f"{script} backbone weights and a run's",
+            [script, "--backbone-weights", "x", "--init-from", tmp / "whole"],
+            "--backbone-weights",
         )
         case(f"{script} resume nothing", [script, "--resume"], "no such run folder")
         case(f"{script} idle flag", [script, "--reco-num-queries", "3"], "--reco-num-queries")
@@ -428,7 +453,7 @@ def outcomes(tmp_path_factory):
         "--out-dir",
         str(tmp / "whole"),
     ]
-    ((status, out, err),) = run_all([good])
+    ((status, _, err),) = run_all([good])
     assert status == 0, err
     Path("/tmp/reco-test-owned").unlink(missing_ok=True)
     table = cases(tmp)
@@ -440,7 +465,7 @@ def outcomes(tmp_path_factory):
         for name, (command, _) in table.items()
     ]
     before = {p: p.stat().st_mtime_ns for p in tmp.glob("run*/**/*") if p.is_file()}
-    results = dict(zip(table, run_all(commands)))
+    results = dict(zip(table, run_all(commands), strict=True))
     assert before == {
         p: p.stat().st_mtime_ns for p in tmp.glob("run*/**/*") if p.is_file()
     }  # no run was touched
@@ -450,8 +475,8 @@ def outcomes(tmp_path_factory):
 def test_every_bad_input_is_one_line(outcomes):
     table, results, folders, tmp = outcomes
     wrong = []
-    for name, (command, culprit) in table.items():
-        status, out, err = results[name]
+    for name, (_, culprit) in table.items():
+        status, _, err = results[name]
         if status != 2 or len(err.strip().splitlines()) != 1 or culprit not in err:
             wrong.append(f"{name}: status {status}, expected {culprit!r}: {err[-600:]}")
         if folders[name].exists():

@@ -1,8 +1,9 @@
-"""Metrics against torchmetrics and a literal erosion, predictions that must not depend on how they are made, and evaluate.py as a user runs it."""
+"""Metrics against torchmetrics and a literal erosion, predictions that must not depend on how they
+are made, and evaluate.py as a user runs it."""
 
+import functools
+import itertools
 import json
-import sys
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -11,23 +12,27 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
+import checkpoint
 import data
 import evaluate
 import files
+import metrics
 import models
 import predict
 import processes
-import run
+import published
 import transforms
 import trees
 from cli import ROOT, run_script
-from evaluate import Metrics, predict_probabilities, tile_starts
+from metrics import Metrics
 from mixing import IGNORE
+from prediction import predict_probabilities, tile_starts
 from test_models import published_weights
 
 
 def make_run(folder, dataset="street", data_path=None, max_size=1024, **network):
-    """The folder of a run whose small network has random weights, and batch-norm statistics that make it predict many classes."""
+    """The folder of a run whose small network has random weights, and batch-norm statistics that
+    make it predict many classes."""
     source = data.load_source(dataset, data_path and str(data_path), max_size)
     torch.manual_seed(0)
     shape = (
@@ -46,15 +51,20 @@ def make_run(folder, dataset="street", data_path=None, max_size=1024, **network)
     model = models.DeepLabV3Plus(**shape, pretrained=False)
     images = torch.stack([data.street_scene("train", i)[0] for i in range(8)])
     for _ in range(20):
-        model(run.normalise(transforms.to_float(images, "cpu")))
-    run.write_weights(folder, model)
-    run.write_json(
+        model(transforms.to_float(images, "cpu"))
+    checkpoint.write_weights(folder, model)
+    files.write_json(
         folder / "config.json",
         {
-            "model": shape,
+            "model": {
+                **shape,
+                "mean": model.mean.flatten().tolist(),
+                "std": model.std.flatten().tolist(),
+            },
             "classes": source.classes,
             "palette": source.palette,
             "crop_size": [48, 48],
+            "size": source.size,
             "arguments": {
                 "script": "train_semi.py",
                 "dataset": dataset,
@@ -64,24 +74,6 @@ def make_run(folder, dataset="street", data_path=None, max_size=1024, **network)
         },
     )
     return folder
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """script(module, arguments ...) -> status, stdout, stderr: what `python MODULE.py ARGUMENTS` does, without its start."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-
-    def call(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            processes.launch(module.main)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        return status, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +87,7 @@ def own(tmp_path_factory):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 def random_maps(rng, classes, shape, void=0.2):
     blocks = (
         rng.integers(classes, size=(shape[0], -(-shape[1] // 6), -(-shape[2] // 6)))
@@ -113,9 +105,9 @@ def random_maps(rng, classes, shape, void=0.2):
 
 
 def measure(prediction, label, classes):
-    metrics = Metrics(classes)
-    metrics.update(prediction, label)
-    return metrics.results()
+    counts = Metrics(classes)
+    counts.update(prediction, label)
+    return counts.results()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -147,9 +139,8 @@ def test_hand_worked():
     label = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, 255]]])
     prediction = torch.tensor([[[0, 1, 1, 1], [0, 0, 2, 2]]])
     results = measure(prediction, label, 4)
-    assert (
-        results["iou"] == [3 / 4, 2 / 4, 0.0, None]
-    )  # class 2 is predicted though it does not occur: 0; class 3 occurs nowhere: no part of the mean
+    # class 2 is predicted though it does not occur: 0; class 3 occurs nowhere: no part of the mean
+    assert results["iou"] == [3 / 4, 2 / 4, 0.0, None]
     assert results["miou"] == pytest.approx((0.75 + 0.5 + 0) / 3) and results[
         "accuracy"
     ] == pytest.approx(5 / 7)
@@ -163,11 +154,12 @@ def test_nothing_labelled_is_zero_and_never_nan():
         assert results["miou"] == results["accuracy"] == results["boundary_iou"] == 0.0
         assert results["iou"] == results["boundary_iou_per_class"] == [None] * 5
         json.dumps(results, allow_nan=False)
-        assert "nan" not in evaluate.table(results, list("abcde"))
+        assert "nan" not in metrics.table(results, list("abcde"))
 
 
 def eroded(mask, times):
-    """A pixel survives a step if its 3x3 neighbourhood is all mask; beyond the image there is none. As in Cheng et al.'s own code."""
+    """A pixel survives a step if its 3x3 neighbourhood is all mask; beyond the image there is none.
+    As in Cheng et al.'s own code."""
     for _ in range(times):
         padded = np.pad(mask, 1)
         mask = np.all(
@@ -196,14 +188,14 @@ def test_boundary_iou_is_that_of_a_literal_erosion(shape, void):
     prediction, label = random_maps(rng, classes, shape, void)
     distance = max(1, round(0.02 * (shape[1] ** 2 + shape[2] ** 2) ** 0.5))
     both, either = np.zeros(classes), np.zeros(classes)
-    for p, l in zip(prediction.numpy(), label.numpy()):
+    for p, truth in zip(prediction.numpy(), label.numpy(), strict=True):
         for c in range(classes):
-            mask_p, mask_l = (p == c) & (l != IGNORE), l == c
+            mask_p, mask_l = (p == c) & (truth != IGNORE), truth == c
             edge_p, edge_l = mask_p & ~eroded(mask_p, distance), mask_l & ~eroded(mask_l, distance)
             both[c] += (edge_p & edge_l).sum()
             either[c] += (edge_p | edge_l).sum()
     results = measure(prediction, label, classes)
-    expected = [b / e if e else None for b, e in zip(both, either)]
+    expected = [b / e if e else None for b, e in zip(both, either, strict=True)]
     assert results["boundary_iou_per_class"] == expected
     assert results["boundary_iou"] == pytest.approx(np.mean([v for v in expected if v is not None]))
 
@@ -234,9 +226,10 @@ def test_a_batch_counts_as_its_images():
     assert torch.equal(one.confusion, each.confusion) and torch.equal(one.boundary, each.boundary)
 
 
-# ---------------------------------------------------------------------------------------------------------- prediction
+# --------------------------------------------------------------------------------------- prediction
 class Pointwise(nn.Module):
-    """Logits from each pixel's colour alone (stride 1), so it is all one how a picture is cut, mirrored or tiled."""
+    """Logits from each pixel's colour alone (stride 1), so it is all one how a picture is cut,
+    mirrored or tiled."""
 
     def __init__(self, classes=6):
         super().__init__()
@@ -294,7 +287,7 @@ def test_nothing_changes_a_constant_model(way):
     "way", [dict(scales=[0.5, 1.25], flip=True), dict(window=(32, 40)), dict(scales=[0.1])], ids=str
 )
 def test_probabilities_of_a_network_sum_to_one(own, way):
-    model = load(own)
+    model = models.load(own)
     for size in ((50, 70), (1, 1), (33, 4)):
         prob = predict_probabilities(model, torch.rand(2, 3, *size), **way)
         assert prob.shape == (2, 3, *size) and prob.dtype == torch.float32
@@ -307,30 +300,28 @@ def test_tiles_cover_and_overlap_by_a_third():
             tile_ = min(tile, length)
             starts = tile_starts(length, tile_)
             assert starts[0] == 0 and starts[-1] + tile_ == length
-            assert all(0 < b - a <= max(1, tile_ - tile_ / 3) for a, b in zip(starts, starts[1:]))
+            assert all(
+                0 < b - a <= max(1, tile_ - tile_ / 3) for a, b in itertools.pairwise(starts)
+            )
 
 
-# -------------------------------------------------------------------------------------------------------------- script
-def load(folder):
-    return run.load_trained(Namespace(run=str(folder), checkpoint=None, dataset=None), "cpu")[0]
-
-
+# ------------------------------------------------------------------------------------------- script
 def test_table_and_json(own, script):
     status, out, err = script(evaluate, own, "--num-workers", 0)
     assert status == 0 and err == "", err
     saved = json.loads((own / "evaluation-val.json").read_text())
     source = data.load_source("folder", str(own.parent / "data"), 1024)
-    metrics, model = Metrics(3), load(own)
+    counts, model = Metrics(3), models.load(own)
     for sample in source.val:
         image, label = source.read(sample)
-        metrics.update(
+        counts.update(
             predict_probabilities(model, transforms.to_float(image[None], "cpu")).argmax(1),
             label[None],
         )
-    expected = metrics.results()
+    expected = counts.results()
     assert {key: saved[key] for key in expected} == expected
     assert (
-        saved["confusion"] == metrics.confusion.tolist()
+        saved["confusion"] == counts.confusion.tolist()
         and saved["images"] == 7
         and saved["processes"] == 1
         and saved["classes"] == source.classes
@@ -340,7 +331,7 @@ def test_table_and_json(own, script):
         lines[0] == "7 val images of folder"
         and lines[-1] == f"written to {own / 'evaluation-val.json'}"
     )
-    for name, iou in zip(source.classes, expected["iou"]):
+    for name, iou in zip(source.classes, expected["iou"], strict=True):
         assert any(line.startswith(name) and f"{100 * iou:6.2f}" in line for line in lines)
     assert (
         f"{100 * expected['miou']:.2f}" in lines[-2]
@@ -350,7 +341,7 @@ def test_table_and_json(own, script):
 
 def test_options_and_another_data_set_of_the_same_classes(own, script, tmp_path):
     other = trees.folder(tmp_path / "other", train=1, val=2, unlabelled=0, seed=5)
-    status, out, err = script(
+    status, _, err = script(
         evaluate,
         own,
         "--dataset",
@@ -397,11 +388,11 @@ def test_two_processes_count_what_one_counts(own, script, tmp_path):
 
 
 def test_full_resolution(script, tmp_path):
-    """Cityscapes: 1024x512 as in training, or the size of the files, which the network then sees too."""
+    """Cityscapes: 1024x512 as in training, or the size of the files, which the network sees."""
     tree = trees.cityscapes(tmp_path / "data", train=1, val=2, size=(96, 192))
     folder, counted = make_run(tmp_path / "run", "cityscapes", tree), {}
     for name, options in (("training", []), ("full", ["--full-resolution"])):
-        status, out, err = script(evaluate, folder, "--num-workers", 0, *options)
+        status, _, err = script(evaluate, folder, "--num-workers", 0, *options)
         assert status == 0, err
         counted[name] = np.sum(
             json.loads((folder / "evaluation-val.json").read_text())["confusion"]
@@ -432,31 +423,28 @@ def test_files_of_several_sizes(dataset, options, script, tmp_path):
     sample = data.load_source(dataset, str(tree)).val[-1]
     for path in (sample.image, sample.label):
         Image.open(path).crop((0, 0, 40, 31)).save(path)
-    status, out, err = script(evaluate, folder, "--num-workers", 0, *options)
+    status, _, err = script(evaluate, folder, "--num-workers", 0, *options)
     assert status == 0, err
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def paper_file(tmp_path_factory):
     """A checkpoint as the authors publish them, with the weights of the golden file."""
     path = tmp_path_factory.mktemp("published") / "cityscapes_reco.pth"
     torch.save(published_weights(), path)
     return path
 
 
-def test_published_checkpoint(published, script, tmp_path, monkeypatch):
+def test_published_checkpoint(paper_file, script, tmp_path, monkeypatch):
     """evaluate.py and predict.py take it, and the network computes the golden logits."""
     tree = trees.cityscapes(tmp_path / "data", train=1, val=1, size=(64, 128))
-    loaded, load_trained = [], run.load_trained
-    monkeypatch.setattr(
-        run,
-        "load_trained",
-        lambda *a: loaded.append(loaded[0] if loaded else load_trained(*a)) or loaded[0],
-    )  # built once
+    load_published = functools.cache(published.load_published)  # built once
+    for module in (evaluate, predict):
+        monkeypatch.setattr(module, "load_published", load_published)
     status, out, err = script(
         evaluate,
         "--checkpoint",
-        published,
+        paper_file,
         "--dataset",
         "cityscapes",
         "--data-path",
@@ -476,7 +464,7 @@ def test_published_checkpoint(published, script, tmp_path, monkeypatch):
     status, out, err = script(
         predict,
         "--checkpoint",
-        published,
+        paper_file,
         "--dataset",
         "cityscapes",
         tmp_path / "wide.png",
@@ -487,10 +475,18 @@ def test_published_checkpoint(published, script, tmp_path, monkeypatch):
     mask = Image.open(tmp_path / "out" / "wide.png")
     assert mask.size == (1024, 32) and mask.getpalette()[:6] == [128, 64, 128, 244, 35, 232]
 
+    model = load_published(str(paper_file), "cityscapes")
+    assert load_published.cache_info().misses == 1
     golden = np.load(ROOT / "tests" / "golden" / "deeplabv3plus_forward.npz")
+    images = torch.from_numpy(golden["x"]) * model.std + model.mean  # x is normalised
     with torch.no_grad():
-        logits, _ = loaded[0][0](torch.from_numpy(golden["x"]))
+        logits, _ = model(images)
     np.testing.assert_allclose(logits.numpy(), golden["logits"], atol=1e-4)
+
+
+def test_classes_of_published_checkpoints():
+    numbers = {name: (len(c), len(p)) for name, (c, p) in published.CLASSES.items()}
+    assert numbers == {"cityscapes": (19, 19), "pascal": (21, 21), "sun": (37, 37)}
 
 
 def bad(own, tmp_path):
@@ -549,7 +545,7 @@ def test_a_broken_file_is_named_whichever_process_meets_it(own, script, tmp_path
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(processes, "_own_errors", False)
     assert script(evaluate, "nowhere")[2] == ""  # what every process finds, the main one tells
-    status, out, err = script(
+    status, _, err = script(
         evaluate, own, "--dataset", "folder", "--data-path", torn, "--num-workers", 0
     )
     assert status == 2 and err.startswith(f"evaluate.py: {victim}") and err.count("\n") == 1

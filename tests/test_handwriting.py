@@ -1,4 +1,4 @@
-"""The example that writes a `folder` data set of handwriting: its files, its labels, its refusals."""
+"""The example that writes a data set of handwriting: its files, its labels, its refusals."""
 
 import importlib.util
 import subprocess
@@ -29,10 +29,8 @@ def test_what_it_writes(tmp_path):
     done = start(root, "--train", 12, "--val", 5, "--test", 3, "--size", 48)
     assert done.returncode == 0, done.stderr
     assert "12 training, 5 validation and 3 test" in done.stdout
-    assert (
-        f"accelerate launch train_semi.py --reco --dataset folder --data-path {root} --num-labeled 60"
-        in done.stdout
-    )
+    command = f"train_semi.py --reco --dataset folder --data-path {root} --num-labeled 60"
+    assert f"accelerate launch {command}" in done.stdout
     assert (root / "classes.txt").read_text().split() == list(handwriting.CLASSES)
     assert len(handwriting.CLASSES) == len(handwriting.PALETTE) == 11
     for split, count in (("train", 12), ("val", 5), ("test", 3)):
@@ -42,9 +40,7 @@ def test_what_it_writes(tmp_path):
         for name in names:
             image, label = (Image.open(root / kind / split / name) for kind in ("images", "labels"))
             assert (image.mode, label.mode) == ("RGB", "P") and image.size == label.size == (48, 48)
-            assert label.getpalette()[:33] == [
-                channel for colour in handwriting.PALETTE for channel in colour
-            ]
+            assert label.getpalette()[:33] == [c for colour in handwriting.PALETTE for c in colour]
             classes = np.unique(np.asarray(label))
             assert classes[0] == 0 and classes[-1] <= 10 and 2 <= len(classes) <= 6
 
@@ -53,20 +49,15 @@ def test_scenes_use_their_own_part_of_the_digits():
     data = load_digits()
     train, val, test = parts = handwriting.split_digits(data.target, seed=0)
     assert sorted(np.concatenate(parts)) == list(range(len(data.target)))
-    assert (
-        all(set(data.target[part]) == set(range(10)) for part in parts)
-        and len(train) > 5 * len(val)
-        and len(val) > 0.9 * len(test)
-    )
+    assert all(set(data.target[part]) == set(range(10)) for part in parts)
+    assert len(train) > 5 * len(val) and len(val) > 0.9 * len(test)
     assert not np.array_equal(train, handwriting.split_digits(data.target, seed=1)[0])
     for seed in range(20):
-        image, label, used = handwriting.draw_scene(
-            np.random.default_rng(seed), data.images, data.target, val
-        )
-        again = handwriting.draw_scene(np.random.default_rng(seed), data.images, data.target, val)
-        assert (
-            np.array_equal(image, again[0]) and np.array_equal(label, again[1]) and used == again[2]
-        )
+        given = data.images, data.target, val
+        image, label, used = handwriting.draw_scene(np.random.default_rng(seed), *given)
+        again = handwriting.draw_scene(np.random.default_rng(seed), *given)
+        assert np.array_equal(image, again[0]) and np.array_equal(label, again[1])
+        assert used == again[2]
         assert 1 <= len(used) <= 5 and set(used) <= set(val)
         assert set(np.unique(label)) == {0} | {data.target[i] + 1 for i in used}
 

@@ -1,4 +1,4 @@
-"""CutOut, CutMix and ClassMix: what is kept, what comes from where, and that image, label and confidence follow one mask."""
+"""CutOut, CutMix, ClassMix: what is kept, what comes from where; all three follow one mask."""
 
 import itertools
 from collections import Counter
@@ -10,38 +10,34 @@ from mixing import IGNORE, STRATEGIES, class_mask, mix, rectangle_mask
 
 
 def batch(size=4, height=24, width=36, classes=6, ignored=0.1):
-    """Images whose three channels tell of every pixel which image, row and column it came from; label and confidence follow from them."""
+    """Images whose three channels tell of every pixel which image, row and column it came from.
+
+    Label and confidence follow from them."""
     torch.manual_seed(0)
-    b, y, x = torch.meshgrid(
-        torch.arange(size), torch.arange(height), torch.arange(width), indexing="ij"
-    )
+    ranges = [torch.arange(n) for n in (size, height, width)]
+    b, y, x = torch.meshgrid(*ranges, indexing="ij")
     label = (b + y // 6 + x // 6 * 2) % classes
     label = torch.where(torch.rand(label.shape) < ignored, IGNORE, label)
-    return (
-        torch.stack([b, y, x], dim=1).float(),
-        label,
-        (b * height * width + y * width + x).float() / (size * height * width),
-    )
+    confidence = (b * height * width + y * width + x).float() / (size * height * width)
+    return torch.stack([b, y, x], dim=1).float(), label, confidence
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_the_three_follow_one_mask(strategy, size):
     images, label, confidence = batch(size)
-    before = [t.clone() for t in (images, label, confidence)]
-    new_images, new_label, new_confidence = mix(images, label, confidence, strategy, fill=-1.0)
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, (images, label, confidence))
-    )  # the arguments are left alone
+    given = images, label, confidence
+    before = [t.clone() for t in given]
+    new_images, new_label, new_confidence = mix(*given, strategy, fill=-1.0)
+    assert all(map(torch.equal, before, given))  # the arguments are left alone
     removed = new_images[:, 0] == -1
     origin = new_images[:, 0].long().clamp_min(0)
     rows, columns = torch.meshgrid(torch.arange(24), torch.arange(36), indexing="ij")
     own = torch.arange(size)[:, None, None]
     assert ((origin == own) | (origin == (own + 1) % size) | removed).all()
     position = torch.stack([rows, columns]).float().expand(size, 2, 24, 36)
-    assert torch.equal(
-        new_images[:, 1:], torch.where(removed[:, None], -1.0, position)
-    )  # nothing has moved
+    unmoved = torch.where(removed[:, None], -1.0, position)
+    assert torch.equal(new_images[:, 1:], unmoved)
     assert torch.equal(new_label, torch.where(removed, IGNORE, label[origin, rows, columns]))
     assert torch.equal(new_confidence, torch.where(removed, 0.0, confidence[origin, rows, columns]))
     assert removed.any() == (strategy == "cutout")
@@ -52,16 +48,17 @@ def test_cutout_fills_and_forgets_half():
     fill = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     new_images, new_label, new_confidence = mix(images, label, confidence + 1, "cutout", fill)
     gone = new_confidence == 0
-    assert (new_label[gone] == IGNORE).all() and torch.equal(
-        new_images.permute(0, 2, 3, 1)[gone], fill.flatten().expand(int(gone.sum()), 3)
-    )
+    assert (new_label[gone] == IGNORE).all()
+    filled = fill.flatten().expand(int(gone.sum()), 3)
+    assert torch.equal(new_images.permute(0, 2, 3, 1)[gone], filled)
     assert torch.equal(new_label[~gone], label[~gone])
     assert ((gone.sum(dim=(1, 2)) - 24 * 36 / 2).abs() <= 36 / 2).all()
 
 
-@pytest.mark.parametrize(
-    "height, width", [(64, 64), (321, 321), (33, 47), (2, 2), (3, 100), (100, 3), (1, 5)]
-)
+SIZES = [(64, 64), (321, 321), (33, 47), (2, 2), (3, 100), (100, 3), (1, 5)]
+
+
+@pytest.mark.parametrize("height, width", SIZES)
 def test_rectangle_is_half_the_area_wherever_it_lies(height, width):
     torch.manual_seed(1)
     masks = rectangle_mask(400, height, width)
@@ -72,18 +69,13 @@ def test_rectangle_is_half_the_area_wherever_it_lies(height, width):
     w = masks.any(dim=1).sum(dim=1).float()
     h = masks.any(dim=2).sum(dim=1).float()
     assert torch.equal(area, h * w)  # one solid rectangle
-    assert (
-        (area - height * width / 2).abs() <= w / 2
-    ).all()  # its height is rounded to whole pixels
+    # half the area, but for the height, which is rounded to whole pixels
+    assert ((area - height * width / 2).abs() <= w / 2).all()
     assert (w > width / 2).all() and (w <= width).all() and (h >= 1).all()
     if width > 10:
         assert len(w.unique()) > min(100, width / 4)  # of many shapes
-        assert (
-            masks[:, 0].any()
-            and masks[:, -1].any()
-            and masks[:, :, 0].any()
-            and masks[:, :, -1].any()
-        )  # and places
+        edges = masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]
+        assert all(edge.any() for edge in edges)  # and places
 
 
 def test_rectangles_differ_within_a_batch():
@@ -97,13 +89,12 @@ def test_classmix_keeps_exactly_half_of_the_classes_rounded_down():
         label[i] = label[i] % (1 + i % 19)  # 1 to 19 classes
     label[:, :2] = IGNORE
     keep = class_mask(label)
-    for one, kept in zip(label, keep):
+    for one, kept in zip(label, keep, strict=True):
         classes = set(one.unique().tolist()) - {IGNORE}
         chosen = set(one[kept].unique().tolist())
         assert len(chosen) == len(classes) // 2 and chosen <= classes
-        assert torch.equal(
-            kept, torch.isin(one, torch.tensor(sorted(chosen), dtype=torch.long))
-        )  # all of their pixels
+        pixels = torch.isin(one, torch.tensor(sorted(chosen), dtype=torch.long))
+        assert torch.equal(kept, pixels)  # all of their pixels
 
 
 def test_classmix_chooses_at_random():
@@ -139,6 +130,5 @@ def test_draws_follow_the_seed():
         torch.manual_seed(5)
         first = mix(images, label, confidence, strategy)
         torch.manual_seed(5)
-        assert all(
-            torch.equal(a, b) for a, b in zip(first, mix(images, label, confidence, strategy))
-        )
+        again = mix(images, label, confidence, strategy)
+        assert all(map(torch.equal, first, again))

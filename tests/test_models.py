@@ -1,12 +1,15 @@
-"""The network, the teacher and the losses against the reference's numbers (tests/golden) and on every family of backbones."""
+"""The network, the teacher and the losses against the reference's numbers (tests/golden) and on
+every family of backbones."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import options
 import run
 import train_semi
 import train_supervised
@@ -40,10 +43,9 @@ def published_weights() -> dict[str, torch.Tensor]:
 
 def test_golden_forward():
     golden = np.load(GOLDEN / "deeplabv3plus_forward.npz")
-    model = DeepLabV3Plus(19, "resnet101", rep_dim=256, pretrained=False).eval()
-    model.load_state_dict(
-        convert_reco_checkpoint(published_weights())
-    )  # strict: every name and shape fits
+    bare = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # the reference normalises elsewhere
+    model = DeepLabV3Plus(19, "resnet101", rep_dim=256, pretrained=False, **bare).eval()
+    model.load_state_dict(convert_reco_checkpoint(published_weights()))  # strict: all of it fits
     with torch.no_grad():
         logits, rep = model(torch.from_numpy(golden["x"]))
     assert logits.shape == (1, 19, 17, 25) and rep.shape == (1, 256, 17, 25)
@@ -55,12 +57,11 @@ def test_golden_teacher_and_rate():
     golden = np.load(GOLDEN / "ema_and_lr.npz")
     student = torch.nn.Linear(1, 1, bias=False).double()
     teacher = MeanTeacher(student)
-    for value, expected in zip(golden["student"], golden["teacher"]):
+    for value, expected in zip(golden["student"], golden["teacher"], strict=True):
         student.weight.data.fill_(value)
         teacher.update(student)
-        assert teacher.model.weight.item() == pytest.approx(
-            expected, rel=1e-6
-        )  # the golden values went through float32
+        # the golden values went through float32
+        assert teacher.model.weight.item() == pytest.approx(expected, rel=1e-6)
     rates = [run.learning_rate(2.5e-3, epoch, 200) for epoch in range(200)]
     np.testing.assert_allclose(rates, golden["poly_lr_per_epoch"], rtol=1e-12)
     assert run.learning_rate(2.5e-3, 200, 200) == 1e-6
@@ -152,7 +153,7 @@ def test_pretrained_weights_offline_are_one_line():
 
 
 def test_decoder_at_stride_2():
-    logits, rep = DeepLabV3Plus(
+    logits, _ = DeepLabV3Plus(
         4,
         "test_resnet",
         rep_dim=8,
@@ -166,17 +167,24 @@ def test_decoder_at_stride_2():
     assert logits.shape == (2, 4, 32, 24)
 
 
-def test_synchronised_batch_norm_keeps_the_network():
+def test_synchronised_batch_norm_keeps_the_network(monkeypatch):
     """timm's norm layers hold an activation, which torch's own converter drops."""
-    from timm.layers import convert_sync_batchnorm
+    monkeypatch.setattr(DeepLabV3Plus, "to", lambda model, *place, **options: model)  # no GPU here
+    words = ["--backbone", "test_efficientnet", "--channels", "8", "--low-channels", "8"]
+    args = options.parse(options.training_parser("", "train_supervised.py"), words)
+    source = SimpleNamespace(classes=["a", "b", "c"], palette=[(0, 0, 0)] * 3, size=None)
 
-    assert run.convert_sync_batchnorm is convert_sync_batchnorm
-    model = DeepLabV3Plus(
-        3, "test_efficientnet", rep_dim=None, pretrained=False, channels=8, low_channels=8
-    ).eval()
-    x = torch.randn(1, 3, 64, 64)
+    def network(processes: int, device: str) -> torch.nn.Module:
+        accelerator = SimpleNamespace(num_processes=processes, device=torch.device(device))
+        return run.new_model(args, source, accelerator)[0].eval()
+
+    def synchronised(model: torch.nn.Module) -> bool:
+        return any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())
+
+    plain, converted = network(1, "cuda"), network(2, "cuda")
+    assert synchronised(converted)
+    assert not any(type(m) is torch.nn.BatchNorm2d for m in converted.modules())
+    assert not synchronised(plain) and not synchronised(network(2, "cpu"))
+    x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        before = model(x)[0]
-        model = convert_sync_batchnorm(model)
-        assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())
-        torch.testing.assert_close(model(x)[0], before)
+        torch.testing.assert_close(converted(x)[0], plain(x)[0])

@@ -1,4 +1,5 @@
-"""predict.py: any picture of any size, the mask where it belongs, and what becomes of a file that is no picture."""
+"""predict.py and models.load: any picture of any size, the mask where it belongs, and what becomes
+of a file that is no picture."""
 
 import itertools
 import json
@@ -12,11 +13,14 @@ from torch.nn import functional as F
 
 import data
 import files
+import models
 import predict
+import prediction
 import transforms
 import trees
-from evaluate import predict_probabilities
-from test_evaluate import Constant, Pointwise, load, make_run, script  # noqa: F401 (script is a fixture)
+from errors import UserError
+from prediction import predict_probabilities
+from test_evaluate import Constant, Pointwise, make_run
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def tree(folder) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 def test_pictures_of_every_kind_and_size(street, script, tmp_path):
     pictures = tmp_path / "in"
     pictures.mkdir()
@@ -67,7 +71,10 @@ def test_pictures_of_every_kind_and_size(street, script, tmp_path):
         predict, street, pictures, "--out-dir", tmp_path / "out", "--confidence"
     )
     assert status == 0 and err == "", err
-    model, palette = load(street), json.loads((street / "config.json").read_text())["palette"]
+    model, palette = (
+        models.load(street),
+        json.loads((street / "config.json").read_text())["palette"],
+    )
     count = 0
     for path in pictures.iterdir():
         stem = tmp_path / "out" / path.stem
@@ -112,7 +119,7 @@ def test_pictures_of_every_kind_and_size(street, script, tmp_path):
             "grey16",
         )
     }
-    assert len(np.unique(masks["rgb"])) > 2 and masks["rgb"].shape == (56, 80)
+    assert len(np.unique(masks["rgb"])) > 1 and masks["rgb"].shape == (56, 80)
     for one, other in (
         ("rgba", "rgb"),
         ("turned", "rgb"),
@@ -124,7 +131,7 @@ def test_pictures_of_every_kind_and_size(street, script, tmp_path):
     ):
         assert np.array_equal(masks[one], masks[other]), one
     with Image.open(tmp_path / "out" / "rgb.png") as mask:
-        assert mask.getpalette()[: len(palette) * 3] == sum(palette, [])
+        assert mask.getpalette()[: len(palette) * 3] == list(itertools.chain(*palette))
 
 
 def test_names_never_collide(street, script, tmp_path):
@@ -198,26 +205,104 @@ def test_a_broken_file_is_reported_and_the_others_done(street, script, tmp_path)
     assert tree(tmp_path / "out") == {"a.png", "a_overlay.png", "c.png", "c_overlay.png"}
 
 
-# ---------------------------------------------------------------------------------------------------- resolution, tiles
+def test_the_network_from_python(street, script, tmp_path):
+    """models.load(RUN).predict takes a picture in any form, and is what predict.py writes."""
+    model = models.load(street)
+    assert not model.training and model.classes == data.SOURCES["street"].classes
+    assert model.palette == data.SOURCES["street"].palette
+    shapes = ((64, 64), (1, 1), (33, 150), (200, 5))
+    paths = []
+    for i, (height, width) in enumerate(shapes):
+        paths.append(tmp_path / f"{i}.png")
+        scene(i, (width, height)).save(paths[-1])
+    status, _, err = script(predict, street, *paths, "--out-dir", tmp_path / "out", "--confidence")
+    assert status == 0, err
+    masks = model.predict(paths)
+    assert isinstance(masks, list) and len(masks) == len(paths)
+    for path, shape, mask in zip(paths, shapes, masks, strict=True):
+        assert mask.dtype == np.uint8 and mask.shape == shape
+        assert np.array_equal(mask, mask_of(tmp_path / "out" / path.name))
+        with Image.open(path) as image:
+            forms = [path, str(path), image, np.asarray(image), files.read_image(path)]
+            for form in forms:
+                assert np.array_equal(model.predict(form), mask), type(form)
+            grey = image.convert("L")
+        assert np.array_equal(model.predict(grey), model.predict(np.asarray(grey)))
+
+        prob = model.predict(path, probabilities=True)
+        assert prob.dtype == np.float32 and prob.shape == (len(model.classes), *shape)
+        np.testing.assert_allclose(prob.sum(axis=0), 1, atol=1e-5)
+        same, confidence = model.predict(path, confidence=True)
+        assert np.array_equal(same, mask) and np.array_equal(prob.argmax(axis=0), mask)
+        assert confidence.dtype == np.float32 and np.array_equal(confidence, prob.max(axis=0))
+        written = trees.raw(tmp_path / "out" / f"{path.stem}_confidence.png")
+        assert np.abs(written - 255 * confidence).max() <= 0.5 + 1e-3
+    pairs = model.predict(paths, confidence=True)
+    assert all(np.array_equal(m, pair[0]) for m, pair in zip(masks, pairs, strict=True))
+
+    model.train()
+    options = dict(tile=48, flip=True, scales=[0.5, 1.0])
+    mask = model.predict(paths[2], **options)
+    prob = model.predict(paths[2], probabilities=True, **options)
+    assert model.training  # as it was; what is predicted does not depend on it
+    assert np.array_equal(mask, prob.argmax(axis=0))
+    assert np.array_equal(mask, models.load(str(street)).predict(paths[2], **options))
+
+    with pytest.raises(ValueError, match="uint8"):
+        model.predict(np.zeros((4, 4, 3), np.float32))
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"text\.png"):
+        model.predict(tmp_path / "text.png")
+    with pytest.raises(UserError, match="nowhere"):
+        models.load(tmp_path / "nowhere")
+
+
+def test_a_run_from_before_the_network_normalised(street, tmp_path):
+    """Its config.json names no constants: all were ImageNet's."""
+    old, own = tmp_path / "old", tmp_path / "own"
+    constants = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    damaged(street, old, model=lambda m: {k: v for k, v in m.items() if k not in ("mean", "std")})
+    damaged(street, own, model=lambda m: {**m, **constants})
+    one, other = (models.load(folder).predict(scene(), probabilities=True) for folder in (old, own))
+    assert np.array_equal(one, other)
+
+
+# -------------------------------------------------------------------------------- resolution, tiles
 def test_network_size_is_that_of_training(tmp_path):
-    def size(dataset, height, width, max_size=1024):
-        return predict.network_size(
-            {"arguments": {"dataset": dataset, "max_size": max_size}}, height, width
-        )
+    def size(dataset, height, width, max_size=1024, **entries):
+        config = {
+            "model": dict(num_classes=2, backbone="test_resnet", channels=8, low_channels=8),
+            "classes": ["a", "b"],
+            "palette": [[0, 0, 0], [9, 9, 9]],
+            "arguments": {"dataset": dataset, "max_size": max_size},
+            **entries,
+        }
+        return models.Segmenter(config).network_size(height, width)
 
     cityscapes = data.load_source(
         "cityscapes", str(trees.cityscapes(tmp_path / "cityscapes", train=1, val=1))
     )
     sun = data.load_source("sun", str(trees.sun(tmp_path / "sun", train=1, test=1)))
     own = data.load_source("folder", str(trees.folder(tmp_path / "folder")), 700)
-    assert size("cityscapes", 1024, 2048) == cityscapes.training_size(1024, 2048) and size(
-        "sun", 480, 640
-    ) == sun.training_size(480, 640)
+    for source, shape in ((cityscapes, (1024, 2048)), (sun, (480, 640))):
+        expected = source.training_size(*shape)
+        assert size(source.name, *shape, size=source.size) == expected
+        assert size(source.name, *shape) == expected  # an older config, without the entry
+        assert source.prediction_size(*shape) == expected
+    assert size("camvid", 720, 960, size=data.SOURCES["camvid"].size) == (360, 480)
     for shape in ((3648, 5472), (701, 40), (700, 700), (32, 33)):
         assert size("folder", *shape, max_size=700) == own.training_size(*shape)
         assert size("street", *shape) == shape
     for shape in ((3648, 5472), (1, 1), (5, 20_000)):
         assert min(size("cityscapes", *shape)) >= 32 and max(size("cityscapes", *shape)) == 1024
+        for source, entries in (
+            (cityscapes, {"size": cityscapes.size}),
+            (sun, {"size": sun.size}),
+            (own, {"max_size": 700}),
+            (data.SOURCES["pascal"], {}),
+            (data.SOURCES["street"], {}),
+        ):
+            assert size(source.name, *shape, **entries) == source.prediction_size(*shape)
     assert size("pascal", 375, 500) == (375, 500) and size("pascal", 3000, 4000) == (375, 500)
 
 
@@ -229,7 +314,7 @@ def test_probabilities_are_brought_back_to_the_original_size(script, tmp_path):
     assert script(predict, folder, tmp_path / "big.png", "--out-dir", tmp_path / "out")[0] == 0
     small = transforms.resize_image(files.read_image(tmp_path / "big.png"), (34, 50))
     prob = F.interpolate(
-        predict_probabilities(load(folder), transforms.to_float(small[None], "cpu")),
+        predict_probabilities(models.load(folder), transforms.to_float(small[None], "cpu")),
         size=(101, 150),
         mode="bilinear",
     )[0]
@@ -242,7 +327,7 @@ def test_tiles_share_out_every_pixel_once():
     rng = np.random.default_rng(0)
     for _ in range(300):
         length, original, tile = rng.integers(1, [400, 900, 120])
-        pieces = predict.tiles(length, original, tile)
+        pieces = prediction.split(length, original, tile)
         assert list(itertools.chain(*(pixels for _, _, pixels in pieces))) == list(range(original))
         for start, stop, pixels in pieces:
             assert 0 <= start < stop <= length and stop - start <= tile
@@ -256,11 +341,13 @@ def test_tiles_share_out_every_pixel_once():
 )
 def test_tiles_change_nothing_for_a_pointwise_model(size, shape):
     model, image = Pointwise(), torch.randint(256, (3, *shape), dtype=torch.uint8)
-    label, confidence = predict.predict_picture(model, image, size, tile=32, flip=True)
-    whole_label, whole_confidence = predict.predict_picture(model, image, size)
+    label, confidence = prediction.predict_picture(model, image, size, tile=32, flip=True)
+    whole_label, whole_confidence = prediction.predict_picture(model, image, size)
     assert label.shape == shape and np.array_equal(label, whole_label)
     np.testing.assert_allclose(confidence, whole_confidence, atol=1e-6)
-    label, confidence = predict.predict_picture(Constant(), image, size, tile=32, scales=[0.5, 2.0])
+    label, confidence = prediction.predict_picture(
+        Constant(), image, size, tile=32, scales=[0.5, 2.0]
+    )
     assert (label == 0).all() and confidence == pytest.approx(
         torch.tensor([1.0, -2.0, 0.5]).softmax(0)[0].item(), abs=1e-6
     )
@@ -270,7 +357,7 @@ def test_twenty_megapixels_in_tiles():
     model = Pointwise(classes=2)
     image = torch.zeros(3, 3648, 5472, dtype=torch.uint8)
     image[0, :, 4000:] = 255
-    label, _ = predict.predict_picture(model, image, (3648, 5472))
+    label, _ = prediction.predict_picture(model, image, (3648, 5472))
     assert model.largest == 1024**2 and label.shape == (3648, 5472)
     assert len(np.unique(label[:, :4000])) == len(np.unique(label[:, 4000:])) == 1
 
@@ -279,7 +366,7 @@ def test_options_reach_the_prediction(street, script, tmp_path):
     scene(4, (90, 70)).save(tmp_path / "a.png")
     image, model = (
         transforms.to_float(files.read_image(tmp_path / "a.png")[None], "cpu"),
-        load(street),
+        models.load(street),
     )
     for i, (options, same) in enumerate(
         (
@@ -312,7 +399,7 @@ def test_options_reach_the_prediction(street, script, tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------- what to label, ONNX
+# ------------------------------------------------------------------------------ what to label, ONNX
 def test_suggestions(street, script, tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(5):
@@ -320,10 +407,10 @@ def test_suggestions(street, script, tmp_path):
     scores = {}
     for path in sorted((tmp_path / "in").iterdir()):
         prob = predict_probabilities(
-            load(street), transforms.to_float(files.read_image(path)[None], "cpu")
+            models.load(street), transforms.to_float(files.read_image(path)[None], "cpu")
         )
         scores[str(path)] = 1 - prob.max(dim=1).values.mean().item()
-    status, out, err = script(
+    status, out, _ = script(
         predict, street, tmp_path / "in", "--out-dir", tmp_path / "out", "--suggest", 3
     )
     lines = out.splitlines()
@@ -355,7 +442,7 @@ def test_onnx(street, script, tmp_path):
         json.loads(session.get_modelmeta().custom_metadata_map["classes"])
         == data.load_source("street", None).classes
     )
-    model = load(street)
+    model = models.load(street)
     for batch, size in ((1, (64, 64)), (3, (77, 130)), (2, (33, 1))):
         images = torch.stack(
             [
@@ -376,7 +463,7 @@ def test_onnx(street, script, tmp_path):
 
 def test_onnx_says_what_to_install(street, script, tmp_path, monkeypatch):
     monkeypatch.setattr(predict.importlib.util, "find_spec", lambda name: None)
-    status, out, err = script(predict, street, "--onnx", tmp_path / "net.onnx")
+    status, _, err = script(predict, street, "--onnx", tmp_path / "net.onnx")
     assert (
         status == 2
         and err.count("\n") == 1
@@ -385,7 +472,7 @@ def test_onnx_says_what_to_install(street, script, tmp_path, monkeypatch):
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 def damaged(street, folder, **changes):
     """A copy of the run with other entries in its config.json."""
     shutil.copytree(street, folder)
@@ -481,5 +568,5 @@ def test_a_backbone_that_needs_some_pixels(script, tmp_path):
         tmp_path / "run", backbone="test_convnext", output_stride=32, decoder_stride=4
     )
     scene(0, (1, 1)).save(tmp_path / "dot.png")
-    status, out, err = script(predict, folder, tmp_path / "dot.png", "--out-dir", tmp_path / "out")
+    status, _, err = script(predict, folder, tmp_path / "dot.png", "--out-dir", tmp_path / "out")
     assert status == 0 and mask_of(tmp_path / "out" / "dot.png").shape == (1, 1), err

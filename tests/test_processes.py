@@ -97,9 +97,7 @@ def test_a_rank_that_stands_still_ends_the_run(data, tmp_path):
         os.kill(second, signal.SIGSTOP)
         status, lines = run.ends()
         assert status != 0
-        assert len(lines) == 1 and "did not answer in time (limit 12 s)" in lines[0], (
-            lines
-        )
+        assert len(lines) == 1 and "did not answer in time (limit 12 s)" in lines[0], lines
         run.until(lambda: not run.alive(), seconds=20)
 
 

@@ -1,4 +1,5 @@
-"""The ReCo loss against the golden data, by hand on small cases, on degenerate batches, and in two processes."""
+"""The ReCo loss against the golden data, by hand on small cases, on degenerate batches, and in two
+processes."""
 
 import math
 import os
@@ -58,7 +59,8 @@ class Moments:
 
 
 def assert_same_distribution(a, b, rms_limit=1.3):
-    """a, b: (loss mean, loss variance, gradient mean, gradient variance, draws); returns the two z-scores."""
+    """a, b: (loss mean, loss variance, gradient mean, gradient variance, draws); returns
+    the two z-scores."""
     z = float((a[0] - b[0]) / (a[1] / a[4] + b[1] / b[4]).sqrt())
     squared_error = a[3] / a[4] + b[3] / b[4]
     drawn = squared_error > 1e-16
@@ -86,7 +88,8 @@ def against_golden(setting, draws, **options):
     z, rms = assert_same_distribution(ours, golden)
     ratio = float(ours[3].sum() / golden[3].sum())
     print(
-        f"setting {setting} {options}: loss z {z:.2f}, gradient z rms {rms:.2f}, gradient variance ratio {ratio:.2f}"
+        f"setting {setting} {options}: loss z {z:.2f}, gradient z rms {rms:.2f}, "
+        f"gradient variance ratio {ratio:.2f}"
     )
     return ratio
 
@@ -114,7 +117,8 @@ def row_of_pixels(vectors, labels, num_classes, own_prob=0.5):
 
 @pytest.mark.parametrize("sampling", ["stratified", "independent"])
 def test_two_classes_by_hand(sampling):
-    # One pixel per class: the positive key is the query itself (cosine 1), all 4 negatives the other pixel (cosine 0).
+    # One pixel per class: the positive key is the query itself (cosine 1), all 4 negatives
+    # the other pixel (cosine 0).
     inputs = row_of_pixels([[2.0, 0.0], [0.0, 3.0]], [0, 1], 2)
     loss, grad = loss_and_grad(
         *inputs, temperature=0.5, num_queries=8, num_negatives=4, sampling=sampling
@@ -122,14 +126,17 @@ def test_two_classes_by_hand(sampling):
     share = 4 * math.exp(0) / (math.exp(2) + 4 * math.exp(0))  # softmax mass of the negatives
     assert loss.dtype == torch.float32 and loss.shape == ()
     assert float(loss) == pytest.approx(math.log(1 + 4 * math.exp(-2)), rel=1e-5)
-    # d loss / d unit query = share * (negative - positive) / 0.5, without what is along the query; over length and |V|.
+    # d loss / d unit query = share * (negative - positive) / 0.5, without what is along the
+    # query; over length and |V|.
     expected = torch.tensor([[0.0, share / 0.5 / 2 / 2], [share / 0.5 / 3 / 2, 0.0]])  # [pixel, D]
     torch.testing.assert_close(grad[0, :, 0].T, expected)
 
 
 def test_prototype_hardness_and_easy_class_by_hand():
-    # Class 0: pixels (1, 0, 0) hard and (0, 1, 0) easy, so the query is the first and the prototype lies at 45 degrees.
-    # Classes 1 and 2: both pixels along the third axis, cosine 0 to the query, cosine 1 to each other; class 2 is easy.
+    # Class 0: pixels (1, 0, 0) hard and (0, 1, 0) easy, so the query is the first and
+    # the prototype lies at 45 degrees.
+    # Classes 1 and 2: both pixels along the third axis, cosine 0 to the query, cosine 1 to
+    # each other; class 2 is easy.
     rep, label, prob, valid = row_of_pixels(
         [[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0, 0, 5.0]], [0, 0, 1, 2], 4
     )
@@ -155,7 +162,8 @@ def test_prototype_hardness_and_easy_class_by_hand():
         ]
     )
     torch.testing.assert_close(stats["relation"], expected)
-    # Class 0: positive cosine sqrt(1/2), negatives 0. Class 1: positive 1, k of 8 negatives (class 2) 1, the others 0.
+    # Class 0: positive cosine sqrt(1/2), negatives 0. Class 1: positive 1, k of 8 negatives
+    # (class 2) 1, the others 0.
     of_class_0 = math.log(1 + 8 * math.exp(-math.sqrt(0.5) / 0.5))
     of_class_1 = [math.log(1 + k + (8 - k) * math.exp(-2)) for k in range(9)]
     assert min(abs(loss.item() - (of_class_0 + x) / 3) for x in of_class_1) < 1e-5
@@ -184,12 +192,12 @@ def test_random_queries_and_random_keys():
     assert stats["query_weight"].tolist() == [1, 1, 1, 1, 0, 0]
 
 
-# ---------------------------------------------------------------- degenerate batches, types, determinism
+# ------------------------------------------------------ degenerate batches, types, determinism
 
 
 def small(seed=0, shape=(2, 8, 6, 5), num_classes=4):
     torch.manual_seed(seed)
-    B, D, h, w = shape
+    B, _, h, w = shape
     return [
         torch.randn(shape),
         torch.randint(num_classes, (B, h, w)),
@@ -284,9 +292,9 @@ def test_memory_formats_agree():
 
 @pytest.mark.parametrize("sampling", ["stratified", "independent"])
 def test_no_shape_depends_on_data(sampling):
-    # Tensors without values: whatever would read one (.item(), nonzero, a boolean mask, an if) raises. On a GPU those
-    # are what makes the host wait.
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    # Tensors without values: whatever would read one (.item(), nonzero, a boolean mask, an if)
+    # raises. On a GPU those are what makes the host wait.
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     with FakeTensorMode():
         rep, label, prob, valid = small()
@@ -298,7 +306,7 @@ def test_no_shape_depends_on_data(sampling):
         assert (
             loss.shape == () and rep.grad.shape == rep.shape and stats["queries"].shape == (4, 16)
         )
-        with pytest.raises(Exception):
+        with pytest.raises(DataDependentOutputException):
             stats["num_classes"].item()  # the mode does what it is used for
 
 
@@ -375,7 +383,8 @@ def process_main(rank, folder):
             torch.stack([d[0] for d in draws]),
             torch.stack([d[1] for d in draws]),
         )
-    # Nothing to learn, in ways that differ between the processes: none waits, all get a zero gradient.
+    # Nothing to learn, in ways that differ between the processes: none waits, all get a
+    # zero gradient.
     for labels in [(255, 255), (0, 255), (255, 3), (1, 1)]:
         inputs = small()
         inputs[1][:] = labels[rank]
@@ -434,7 +443,8 @@ def test_two_processes_mean_is_the_whole_batch(two_processes, case):
     for draw in range(DRAWS):  # each process has a row of the batch
         split.add((loss0[draw] + loss1[draw]) / 2, torch.cat([grad0[draw], grad1[draw]]) / 2)
         whole.add(*loss_and_grad(*inputs, **options))
-    # Pixels of a class are drawn together, so their z-scores move together: two equal laws gave 0.86 to 1.23.
+    # Pixels of a class are drawn together, so their z-scores move together: two equal laws gave
+    # 0.86 to 1.23.
     z, rms = assert_same_distribution(split.result(), whole.result(), rms_limit=1.5)
     print(f"{case}: loss z {z:.2f}, gradient z rms {rms:.2f}")
 

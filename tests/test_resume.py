@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data
+import files
 import processes
-import run
 import trees
 from cli import ENVIRONMENT, ROOT, fork, run_many, run_script
+from errors import UserError
+from record import Record
 
-# checkpoints at every step and a validation at every third: most of the time something is being written
+# checkpoints at every step and a validation at every third: mostly something is being written
 OPTIONS = [
     "train_semi.py",
     "--reco",
@@ -125,7 +126,7 @@ def test_killed_and_resumed_to_the_bit(processes, uninterrupted, tmp_path):
         0,
         random.Random(processes),
     )
-    for attempt in range(40):
+    for _ in range(40):
         resume = ["--resume"] if (folder / "config.json").exists() else []
         run = start(processes, *OPTIONS, "--out-dir", folder, *resume)
         try:
@@ -221,7 +222,9 @@ def test_resuming_with_other_arguments_is_refused(tmp_path):
         (["train_semi.py"], "train_supervised.py"),
     ]
     for (words, culprit), (status, _, err) in zip(
-        refused, run_many([[*words, "--out-dir", folder, "--resume"] for words, _ in refused])
+        refused,
+        run_many([[*words, "--out-dir", folder, "--resume"] for words, _ in refused]),
+        strict=True,
     ):
         assert status == 2 and culprit in err and len(err.splitlines()) == 1, (words, err)
     done = run_script("train_supervised.py", "--out-dir", folder, "--resume", processes=2)
@@ -247,14 +250,14 @@ def test_resuming_with_other_arguments_is_refused(tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
-    data.atomic_write(path, lambda file: file.write(b"old"))
+    files.atomic_write(path, lambda file: file.write(b"old"))
 
     def fail(file):
         file.write(b"half of the new")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError):
-        data.atomic_write(path, fail)
+        files.atomic_write(path, fail)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -293,7 +296,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
 
 
 def test_the_offending_batch_is_written(tmp_path):
-    """With checkpoints far apart the logging interval finds the step, tells the parts and writes what the step had seen."""
+    """With checkpoints far apart the logging interval finds the step, tells the parts and writes
+    what the step had seen."""
     folder = tmp_path / "run"
     done = fork(
         "train_supervised.py",
@@ -317,14 +321,15 @@ def test_the_offending_batch_is_written(tmp_path):
         r"the loss was not finite at step (\d+) \(.*loss/supervised (nan|inf)", done.stderr
     )
     assert done.returncode == 2 and found, done.stderr
-    ((image, label, index),) = torch.load(
+    ((image, label, _),) = torch.load(
         folder / f"nonfinite-step{found[1]}-process0.pt", weights_only=True
     )
     assert image.shape == (2, 3, 32, 32) and label.shape == (2, 32, 32)
 
 
 def test_a_bad_step_before_the_unlabelled_images_join_is_told_in_time(tmp_path):
-    """The logging interval lies beyond the end of the warm-up, from where on the step has more parts."""
+    """The logging interval lies beyond the end of the warm-up, from where on the step has more
+    parts."""
     done = fork(
         *OPTIONS,
         "--num-workers",
@@ -345,7 +350,8 @@ def test_a_bad_step_before_the_unlabelled_images_join_is_told_in_time(tmp_path):
         tmp_path / "run",
     )
     assert done.returncode == 2 and re.fullmatch(
-        r"train_semi.py: the loss was not finite at step [1-5] \(loss/total (nan|inf), loss/supervised (nan|inf)\);.*",
+        r"train_semi.py: the loss was not finite at step [1-5] "
+        r"\(loss/total (nan|inf), loss/supervised (nan|inf)\);.*",
         done.stderr.splitlines()[-1],
     ), done.stderr
 
@@ -353,11 +359,9 @@ def test_a_bad_step_before_the_unlabelled_images_join_is_told_in_time(tmp_path):
 def test_two_runs_do_not_share_a_folder(tmp_path):
     """Both chose it when it was free; the second to open it gives way."""
     (tmp_path / "config.json").write_text("{}")
-    second = SimpleNamespace(
-        args=SimpleNamespace(resume=False), accelerator=None, main=True, folder=tmp_path
-    )
-    with pytest.raises(data.UserError, match="another run that began meanwhile"):
-        run.Record.begin(second)
+    second = SimpleNamespace(folder=tmp_path)
+    with pytest.raises(UserError, match="another run that began meanwhile"):
+        Record.write_config(second)
 
 
 def test_what_the_system_refuses_is_one_line(capsys, monkeypatch):
@@ -393,7 +397,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(tmp_path):
         "--save-interval",
         "2",
     ]
-    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6,) * 2); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6,) * 2); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, small)],
         cwd=ROOT,
@@ -410,7 +417,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(tmp_path):
 
 
 def test_an_error_in_a_loader_process_ends_the_run(tmp_path):
-    """The processes of both loaders are still there when it is met; none may keep the run from ending."""
+    """The processes of both loaders are still there when it is met; none may keep the run from
+    ending."""
     tree = trees.cityscapes(tmp_path / "data", size=(32, 64))
     for image in (tree / "leftImg8bit" / "train").rglob("*.png"):
         image.write_bytes(image.read_bytes()[:300])

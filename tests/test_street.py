@@ -1,4 +1,4 @@
-"""The embedded street scenes: what the rest of the repository relies on, and what makes them a useful data set."""
+"""The street scenes: what the repository relies on, and what makes them a useful data set."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from PIL import Image
 import street
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = dict(
+SHARES = dict(  # of the pixels of the training split
     road=0.31,
     sidewalk=0.16,
     building=0.16,
@@ -24,7 +24,7 @@ SHARES = dict(
     rider=0.006,
     car=0.042,
     truck=0.015,
-)  # of the pixels of the training split
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +42,16 @@ def test_shapes_types_and_constants(scenes):
     for image, label in scenes["val"]:
         assert image.dtype == label.dtype == np.uint8
         assert image.shape == (64, 64, 3) and label.shape == (64, 64)
-        assert (
-            image.flags.c_contiguous
-            and label.flags.c_contiguous
-            and image.flags.writeable
-            and label.flags.writeable
-        )
+        for array in (image, label):
+            assert array.flags.c_contiguous and array.flags.writeable
         assert label.max() < 11 and image.std() > 5
 
 
 def test_the_same_bits_in_any_order_and_in_another_process(scenes):
     for index in (7, 3, 7):
         image, label = street.scene("train", index)
-        assert np.array_equal(image, scenes["train"][index][0]) and np.array_equal(
-            label, scenes["train"][index][1]
-        )
+        assert np.array_equal(image, scenes["train"][index][0])
+        assert np.array_equal(label, scenes["train"][index][1])
     program = (
         "import street, zlib; a, b = street.scene('test', 5); print(zlib.crc32(a), zlib.crc32(b))"
     )
