@@ -35,6 +35,7 @@ COLLECTIVE_LIMIT = timedelta(seconds=1.2 * LIMIT)
 GRACE = 10  # seconds that a launcher has to end its ranks, and a rank without launcher to save
 
 START_METHOD = "forkserver" if hasattr(os, "fork") else "spawn"  # Windows has no fork
+# All that `loaders` imports of others: what is missing here every loader process imports itself.
 PRELOADED = ["torch.utils.data", "torchvision.transforms.v2.functional", "PIL.Image", "tqdm"]
 LAUNCHERS = {"torchrun", "accelerate", "accelerate-launch"}
 LAUNCHER_MODULES = {
@@ -54,8 +55,8 @@ def start_server() -> None:
 
     They are not forked from the training process, because that one has threads (autograd, gloo, pin
     memory, TensorBoard): a child that is forked while another thread holds one of the interpreter's
-    locks waits for that lock for ever (pytorch/pytorch 130610, 138957). The fork server has one
-    thread and does nothing but import."""
+    locks waits for that lock for ever (pytorch/pytorch 130610, 138957). In the fork server no
+    thread but one enters Python, and that one does nothing but import."""
     if START_METHOD != "forkserver":
         return
     forkserver.set_forkserver_preload(PRELOADED)

@@ -118,7 +118,7 @@ def children(pid: int) -> list[int]:
 
 
 @linux
-def test_loader_processes_come_from_a_process_without_threads_and_stay(folder):
+def test_loader_processes_come_from_a_server_and_stay(folder):
     loader = validation(folder, 2)
     before = set(children(os.getpid()))
     list(loader)
@@ -126,16 +126,11 @@ def test_loader_processes_come_from_a_process_without_threads_and_stay(folder):
     parents = {parent(pid) for pid in workers}
     assert len(parents) == 1 and os.getpid() not in parents
     (server,) = parents
-    assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
-    modules = Path(f"/proc/{workers[0]}/maps").read_text()
-    assert "libtorch" in modules  # /proc tells the truth about a worker
     everyone = set(children(os.getpid())), set(children(server))
     for _ in range(2):
         list(loader)
-    assert everyone == (
-        set(children(os.getpid())),
-        set(children(server)),
-    )  # no validation starts any
+    # no validation starts any
+    assert everyone == (set(children(os.getpid())), set(children(server)))
     assert server in everyone[0] | before
 
 
@@ -160,11 +155,11 @@ def test_killed_and_silent_loaders_are_one_line_and_the_run_goes_on(folder, tmp_
         assert "a loader process was killed (" in lines[0] and " loader, step " in lines[0]
         assert not run.alive()
 
-    pictures = sorted(
-        (folder / "images" / "train").glob("train_00[4-6].png")
-    )  # the unlabelled ones
+    unlabelled = "train_00[4-6].png"
+    pictures = sorted((folder / "images" / "train").glob(unlabelled))
+    written = (out_dir / "checkpoint" / "state.pt").stat().st_mtime_ns
     with Run(*words, "--resume", RECO_TIMEOUT="8") as run:
-        run.until(lambda: run.alive() and len(run.workers()) == 6)
+        run.until(lambda: (out_dir / "checkpoint" / "state.pt").stat().st_mtime_ns > written)
         for path in pictures:  # from now on whoever opens them waits
             path.rename(path.with_suffix(".kept"))
             os.mkfifo(path)

@@ -12,7 +12,7 @@ import pytest
 
 import trees
 from processes import collective_failure
-from runs import ACCELERATE, TWO_RANKS, Run, small
+from runs import ACCELERATE, TWO_RANKS, Run, parent, small
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 
@@ -71,7 +71,10 @@ def test_nothing_is_left_after_a_kill(launcher, whole_group, data, tmp_path):
     words = small("train_supervised.py", data, tmp_path / "run")
     with Run(*words, launcher=launcher) as run:
         run.validates(tmp_path / "run")
-        assert len(run.alive()) >= 6  # it, a fork server, and two processes for each of two loaders
+        ranks = 2 if launcher == TWO_RANKS else 1
+        assert len(run.workers()) == 4 * ranks  # two for each of two loaders
+        for server in {parent(pid) for pid in run.workers()}:  # forked where there are no threads
+            assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
         (os.killpg if whole_group else os.kill)(run.process.pid, signal.SIGKILL)
         run.process.wait()
         run.until(lambda: not run.alive(), seconds=20)
