@@ -8,7 +8,6 @@ what started them, whatever ends it.
 
 import atexit
 import ctypes
-import gc
 import multiprocessing
 import os
 import re
@@ -60,6 +59,8 @@ def start_server() -> None:
     if START_METHOD != "forkserver":
         return
     forkserver.set_forkserver_preload(PRELOADED)
+    # A process of multiprocessing frees the semaphores of a rank that was killed; in silence.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     atexit.unregister(end_workers)
     atexit.register(end_workers)
     # `timeout` and batch systems send SIGTERM to every process of a job. What follows from it is
@@ -171,17 +172,17 @@ def launch(main: Callable[[], None]) -> None:
         status = 130
     finally:
         end_workers()
-    # The error held the loaders' queues in a cycle. Freed now, they leave nothing behind for
-    # multiprocessing to complain of.
-    gc.collect()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(status)  # the others may wait in a collective; the launcher ends them
     sys.exit(status)
 
 
 def tell(line: str) -> None:
+    """One line on standard error that stands by itself, below the bar of the first rank."""
     for bar in list(getattr(tqdm, "_instances", [])):
-        bar.close()  # the line stands by itself
+        bar.close()
+    if int(os.environ.get("RANK", 0)) > 0:
+        print(file=sys.stderr)
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
 
 
