@@ -157,7 +157,10 @@ def launch(main: Callable[[], None]) -> None:
     noise = ".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier).*"
     warnings.filterwarnings("ignore", message=noise)
     try:
-        main()
+        try:
+            main()
+        finally:
+            end_workers()  # while the loaders stand: they would wait for stuck ones as they go
         return
     except (UserError, OSError) as error:  # a full disk reaches us from TensorBoard's writer, too
         if _own_errors or int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -170,8 +173,6 @@ def launch(main: Callable[[], None]) -> None:
         status = 2
     except KeyboardInterrupt:
         status = 130
-    finally:
-        end_workers()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(status)  # the others may wait in a collective; the launcher ends them
     sys.exit(status)
