@@ -105,7 +105,9 @@ def test_a_rank_that_stands_still_ends_the_run(data, tmp_path):
         os.kill(second.process.pid, signal.SIGCONT)
         status, lines = second.ends()
         assert status == 2 and len(lines) == 1, lines
-        assert "another process of the run has ended" in lines[0]
+        # its own wait had lasted as long when it went on, or it finds the connection closed
+        ended, late = "another process of the run has ended", "did not answer in time"
+        assert ended in lines[0] or late in lines[0]
         second.until(lambda: not first.alive() + second.alive(), seconds=20)
 
 
