@@ -9,11 +9,10 @@ from pathlib import Path
 import timm
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from checkpoint import read_torch, read_weights
 from errors import UserError, need
 
 WORKING = (
@@ -143,19 +142,11 @@ def check_hub(name: str) -> None:
 def read_weight_file(path: Path) -> dict[str, Tensor]:
     """The state dict in a safetensors file or in one that torch.save wrote; nothing is
     unpickled."""
+    need(path.is_file(), f"--backbone-weights {path}: no such file")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"--backbone-weights {path}: no such file") from None
-    except SafetensorError as error:
-        raise UserError(f"--backbone-weights {path}: is no safetensors file ({error})") from None
-    except Exception as error:  # the unpickler and the zip reader raise many kinds
-        raise UserError(
-            f"--backbone-weights {path}: is damaged or holds more than plain tensors, so it is not "
-            f"loaded ({type(error).__name__})"
-        ) from None
+        state = read_weights(path) if path.suffix == ".safetensors" else read_torch(path)
+    except UserError as error:
+        raise UserError(f"--backbone-weights {error}") from None
     need(
         isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()),
         f"--backbone-weights {path}: is no dictionary of tensors",

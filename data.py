@@ -56,18 +56,6 @@ class Source:
         shrink = min(1.0, self.max_size / max(height, width)) if self.max_size else 1.0
         return max(1, round(height * shrink)), max(1, round(width * shrink))
 
-    def prediction_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) at which the network sees a picture from elsewhere: the resolution that it was
-        trained at, aspect kept. Where all training images have one size the longer side is brought
-        to theirs, up or down; else a larger picture is brought down. A side has 32 pixels or more,
-        so that any backbone can halve it five times."""
-        factor, longer = 1.0, max(height, width)
-        if self.size:
-            factor = max(self.size) / longer
-        elif self.max_size:
-            factor = min(1.0, self.max_size / longer)
-        return max(32, round(height * factor)), max(32, round(width * factor))
-
     def one_size(self, full_resolution: bool = False) -> bool:
         """Whether all evaluated images have one size, so that several make a batch."""
         brought_to_one = self.size is not None or self.eval_pad is not None

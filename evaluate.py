@@ -20,7 +20,7 @@ from errors import UserError, need
 from files import write_json
 from loaders import evaluation_loader
 from metrics import evaluate, table
-from options import natural, new_parser, positive, positive_float
+from options import add_prediction_options, natural, new_parser, positive
 from processes import launch
 from published import load_published
 
@@ -65,20 +65,7 @@ def parse_options() -> argparse.Namespace:
         help="the network sees the images at the size of their files and is scored there "
         "(Cityscapes: 2048x1024)",
     )
-    add(
-        "--sliding-window",
-        action="store_true",
-        help="predict on tiles of the training crop's size that overlap by a third",
-    )
-    add("--flip", action="store_true", help="average with the mirrored image")
-    add(
-        "--scales",
-        type=positive_float,
-        nargs="+",
-        default=[1.0],
-        metavar="S",
-        help="average over these scales",
-    )
+    add_prediction_options(add)
     add(
         "--json",
         metavar="FILE",

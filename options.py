@@ -299,6 +299,24 @@ def add_run_options(add) -> None:
     )
 
 
+def add_prediction_options(add) -> None:
+    """What evaluate.py and predict.py take beside their own."""
+    add("--flip", action="store_true", help="average with the mirrored image")
+    add(
+        "--scales",
+        type=positive_float,
+        nargs="+",
+        default=[1.0],
+        metavar="S",
+        help="average over these scales",
+    )
+    add(
+        "--sliding-window",
+        action="store_true",
+        help="average over tiles of the training crop's size that overlap by a third",
+    )
+
+
 # ----------------------------------------------------------------------------- reading and checks
 def parse(parser: Parser, argv=None) -> argparse.Namespace:
     """The options with the recipe's defaults filled in; for --resume those of the run.

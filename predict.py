@@ -27,7 +27,7 @@ from tqdm import tqdm
 import models
 from errors import UserError, need
 from files import IMAGE_SUFFIXES, read_image, write
-from options import new_parser, number, positive, positive_float
+from options import add_prediction_options, new_parser, number, positive
 from processes import launch
 from published import CLASSES, load_published
 from transforms import upsample
@@ -60,20 +60,7 @@ def parse_options() -> argparse.Namespace:
         "on with a label left out, and write them to DIR/suggest.txt; the score is the mean over "
         "the pixels of 1 - the probability of the predicted class",
     )
-    add("--flip", action="store_true", help="average with the mirrored picture")
-    add(
-        "--scales",
-        type=positive_float,
-        nargs="+",
-        default=[1.0],
-        metavar="S",
-        help="average over these scales",
-    )
-    add(
-        "--sliding-window",
-        action="store_true",
-        help="average over tiles of the training crop's size that overlap by a third",
-    )
+    add_prediction_options(add)
     add(
         "--tile",
         type=number(int, 32, 2**15, "a whole number from 32 on"),

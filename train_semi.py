@@ -241,7 +241,8 @@ def main() -> None:
             losses, shown = train_supervised.train_step(
                 batch_l, student, optimizer, accelerator, args, rng, contrast=False
             )
-            teacher.update(model)
+            if not accelerator.optimizer_step_was_skipped:
+                teacher.update(model)
             teacher.copy_statistics(model)
         else:
             losses, shown = train_step(

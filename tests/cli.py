@@ -33,26 +33,22 @@ ENVIRONMENT = {
 }
 
 
+def launcher(processes: int) -> list[str]:
+    """What stands before a script: python, or torchrun with several processes."""
+    if processes == 1:
+        return [sys.executable]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc_per_node", str(processes)]
+
+
 def run_script(
     *command, processes: int = 1, timeout: float = 300, cwd=ROOT, **environment
 ) -> subprocess.CompletedProcess:
     """`python SCRIPT ...`, or under torchrun with several gloo processes on the CPU."""
     command = [str(part) for part in command]
     command[0] = str(ROOT / command[0])
-    launcher = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-        ]
-    )
     return subprocess.run(
-        [*launcher, *command],
+        [*launcher(processes), *command],
         cwd=cwd,
         env={**os.environ, **ENVIRONMENT, **environment},
         capture_output=True,
@@ -63,9 +59,8 @@ def run_script(
 
 @functools.cache
 def forks() -> subprocess.Popen:
-    weights = (
-        tempfile.TemporaryDirectory()
-    )  # no pretrained weights, whoever runs the tests; the place is read on import
+    # no pretrained weights, whoever runs the tests; the place is read on import
+    weights = tempfile.TemporaryDirectory()
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "many.py")],
         stdin=subprocess.PIPE,

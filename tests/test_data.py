@@ -120,23 +120,6 @@ def test_what_makes_a_batch():
     }
 
 
-def test_pictures_from_elsewhere_are_seen_at_the_resolution_of_training():
-    sizes = {
-        name: [source.prediction_size(*size) for size in ((1000, 2000), (20, 400), (90, 60))]
-        for name, source in data.SOURCES.items()
-    }
-    assert sizes == {
-        "street": [(1000, 2000), (32, 400), (90, 60)],  # the scale of its pixels
-        "camvid": [(240, 480), (32, 480), (480, 320)],
-        "cityscapes": [(512, 1024), (51, 1024), (1024, 683)],
-        "pascal": [(250, 500), (32, 400), (90, 60)],  # never up
-        "sun": [(256, 512), (32, 512), (512, 341)],
-        "folder": [(1000, 2000), (32, 400), (90, 60)],
-    }
-    own = replace(data.SOURCES["folder"], max_size=700)
-    assert own.prediction_size(1000, 2000) == (350, 700)
-
-
 def test_bad_calls(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load("pascal", tmp_path / "nowhere")

@@ -288,21 +288,15 @@ def test_network_size_is_that_of_training(tmp_path):
         expected = source.training_size(*shape)
         assert size(source.name, *shape, size=source.size) == expected
         assert size(source.name, *shape) == expected  # an older config, without the entry
-        assert source.prediction_size(*shape) == expected
     assert size("camvid", 720, 960, size=data.SOURCES["camvid"].size) == (360, 480)
     for shape in ((3648, 5472), (701, 40), (700, 700), (32, 33)):
         assert size("folder", *shape, max_size=700) == own.training_size(*shape)
         assert size("street", *shape) == shape
     for shape in ((3648, 5472), (1, 1), (5, 20_000)):
         assert min(size("cityscapes", *shape)) >= 32 and max(size("cityscapes", *shape)) == 1024
-        for source, entries in (
-            (cityscapes, {"size": cityscapes.size}),
-            (sun, {"size": sun.size}),
-            (own, {"max_size": 700}),
-            (data.SOURCES["pascal"], {}),
-            (data.SOURCES["street"], {}),
-        ):
-            assert size(source.name, *shape, **entries) == source.prediction_size(*shape)
+    assert size("cityscapes", 20, 400) == (51, 1024)  # the longer side is brought up, too
+    assert size("camvid", 90, 60, size=data.SOURCES["camvid"].size) == (480, 320)
+    assert size("pascal", 20, 400) == (32, 400)  # never up
     assert size("pascal", 375, 500) == (375, 500) and size("pascal", 3000, 4000) == (375, 500)
 
 

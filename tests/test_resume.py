@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import files
 import processes
 import trees
-from cli import ENVIRONMENT, ROOT, fork, run_many, run_script
+from cli import ENVIRONMENT, ROOT, fork, launcher, run_many, run_script
 from errors import UserError
 from record import Record
 
@@ -61,20 +61,8 @@ def small_data(tmp_path_factory):
 
 
 def start(processes: int, *words) -> subprocess.Popen:
-    launcher = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-        ]
-    )
     return subprocess.Popen(
-        [*launcher, *map(str, words)],
+        [*launcher(processes), *map(str, words)],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT},
         stdout=subprocess.PIPE,
