@@ -26,18 +26,17 @@ RECIPES = {
     "pascal": PAPER,
     "sun": PAPER | dict(batch_size=5),
     "folder": PAPER | dict(batch_size=8),
-    # photographs of 480x360 on a laptop: a small pretrained network
+    # photographs of 480x360 on a laptop: a small pretrained network, one core or two
     "camvid": PAPER
     | dict(
         backbone="tf_efficientnet_lite0.in1k",
         channels=64,
         low_channels=24,
         rep_dim=64,
-        crop_size=[224],
+        crop_size=[160],
         batch_size=4,
         lr=0.02,
         iterations=2000,
-        val_interval=250,
     ),
     # no pretrained weights, 64x64 images: a small network of output stride 8 with a decoder at
     # stride 2, and a higher rate
