@@ -1,13 +1,91 @@
-"""The figures of experiments.py: curves with the range of the seeds, and rows of pictures."""
+"""The tables and figures of experiments.py: what follows from results.csv and the trained networks.
+
+`chosen` is, throughout, {(setting, method): the lines of results.csv, a dict each, by seed}.
+"""
 
 import statistics
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib import pyplot
 
+import models
+from data import load_source
+from files import write
+from pictures import paint, spread_indices
+
 matplotlib.use("agg")  # no display is needed
+PICTURES = {"street, 20 labels": "streets.png", "camvid, 20 labels": "camvid.png"}
+ABLATED = "queries"  # in the names of the methods that are ablations
+
+
+def report(chosen: dict, runs: dict, folder: Path, data_path: str) -> None:
+    """Write tables.md (printed, too), curves.png, labels.png and pictures of predictions.
+
+    runs: {(setting, method): the folder of the run of seed 0}; pictures are drawn of those that
+    are here. data_path: where CamVid lies."""
+    tables = make_tables(chosen)
+    write(folder / "tables.md", lambda file: file.write(f"{tables}\n".encode()))
+    print(tables)
+    methods = {pair: rows for pair, rows in chosen.items() if ABLATED not in pair[1]}
+    draw_panels(curves(methods), "step", "validation mIoU", folder / "curves.png")
+    if bands := label_curve(chosen):
+        draw_label_curve(bands, folder / "labels.png")
+    for name, file in PICTURES.items():
+        here = {m: run for (n, m), run in runs.items() if n == name and (n, m) in methods}
+        here = {m: run for m, run in here.items() if (run / "model.safetensors").exists()}
+        if here:
+            draw_rows(predict_scenes(here, data_path), folder / file)
+
+
+# ----------------------------------------------------------------------------------------- tables
+def spread(rows: list[dict], field: str = "test miou") -> str:
+    """Mean and range over the seeds in per cent; the number of seeds where it is not three."""
+    values = [100 * float(row[field]) for row in rows]
+    text = f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    return text if len(rows) == 3 else f"{text}, n = {len(rows)}"
+
+
+def make_tables(chosen: dict) -> str:
+    """Markdown: test mIoU of settings by methods, then every cell with rate and boundary IoU."""
+    columns = list(dict.fromkeys(method for _, method in chosen))
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for name in dict.fromkeys(name for name, _ in chosen):
+        cells = [spread(chosen[name, m]) if (name, m) in chosen else "" for m in columns]
+        lines.append([name, *cells])
+    head = ["setting", "method", "rate", "test mIoU", "boundary IoU", "minutes a run"]
+    detail = [head, ["---"] * len(head)]
+    for (name, method), rows in chosen.items():
+        times = [int(row["seconds"]) for row in rows if row["seconds"]]
+        minutes = f"{statistics.mean(times) / 60:.0f}" if times else ""
+        scores = [spread(rows), spread(rows, "test boundary iou")]
+        detail.append([name, method, rows[0]["lr"], *scores, minutes])
+    tables = ["\n".join(f"| {' | '.join(cells)} |" for cells in t) for t in (lines, detail)]
+    return "Test mIoU in per cent, mean (min to max) over the seeds.\n\n" + "\n\n".join(tables)
+
+
+# ----------------------------------------------------------------------------------------- curves
+def curves(chosen: dict) -> dict:
+    """Validation mIoU in per cent: {setting: {method: {step: its values over the seeds}}}."""
+    panels = {}
+    for (name, method), rows in chosen.items():
+        values = panels.setdefault(name, {}).setdefault(method, {})
+        for point in " ".join(row["curve"] for row in rows).split():
+            step, miou = point.split(":")
+            values.setdefault(int(step), []).append(100 * float(miou))
+    return panels
+
+
+def label_curve(chosen: dict) -> dict:
+    """Test mIoU in per cent on CamVid: {method: {number of labels: its values over the seeds}}."""
+    bands = {}
+    for (name, method), rows in chosen.items():
+        if name.startswith("camvid") and name.endswith("labels") and ABLATED not in method:
+            values = [100 * float(row["test miou"]) for row in rows]
+            bands.setdefault(method, {})[int(name.split()[1])] = values
+    return bands
 
 
 def draw_band(axis, values: dict[int, list[float]], label: str, colour: str) -> None:
@@ -48,6 +126,23 @@ def draw_label_curve(bands: dict[str, dict], file: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     save(figure, file)
+
+
+# --------------------------------------------------------------------------------------- pictures
+def predict_scenes(runs: dict[str, Path], data_path: str) -> dict[str, list[np.ndarray]]:
+    """Six test images, their truth and the masks of the networks {method: folder}, in colours."""
+    networks = {method: models.load(run) for method, run in runs.items()}
+    first = next(iter(networks.values()))
+    dataset = first.config["arguments"]["dataset"]
+    source = load_source(dataset, None if dataset == "street" else data_path)
+    samples = [source.test[i] for i in spread_indices(len(source.test), 6)]
+    pairs = [source.read(sample) for sample in samples]
+    rows = {"image": [image for image, _ in pairs]}
+    rows["truth"] = [paint(label, source.palette) for _, label in pairs]
+    for method, network in networks.items():
+        masks = [torch.from_numpy(network.predict(image)) for image, _ in pairs]
+        rows[method] = [paint(mask, source.palette) for mask in masks]
+    return {title: [picture.permute(1, 2, 0).numpy() for picture in r] for title, r in rows.items()}
 
 
 def draw_rows(rows: dict[str, list[np.ndarray]], file: Path) -> None:
