@@ -218,3 +218,10 @@ def collective_failure(error: RuntimeError) -> str | None:
         time.sleep(GRACE)
         return f"another process of the run has ended, its own output says why; {go_on}"
     return None
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -16,8 +16,7 @@ from checkpoint import load_weights, read_config, read_weights
 from data import Source
 from errors import need
 from models import DeepLabV3Plus
-from options import cores
-from processes import COLLECTIVE_LIMIT, start_server
+from processes import COLLECTIVE_LIMIT, cores, start_server
 
 
 def start_accelerator(args: argparse.Namespace) -> Accelerator:

@@ -19,12 +19,13 @@ from torch.nn import functional as F
 import checkpoint
 import run
 import train_supervised
+from arguments import parse, reco_settings
 from data import load_source
 from labels import divide
 from loaders import evaluation_loader, training_loader
 from mixing import IGNORE, STRATEGIES, mix
 from models import MeanTeacher
-from options import natural, parse, reco_settings, share, training_parser
+from options import natural, share, training_parser
 from processes import launch
 from reco import reco_loss
 from record import Record

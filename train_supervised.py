@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 import checkpoint
 import run
+from arguments import parse, reco_settings
 from data import load_source
 from labels import divide
 from loaders import evaluation_loader, training_loader
 from mixing import IGNORE
-from options import parse, reco_settings, training_parser
+from options import training_parser
 from processes import launch
 from reco import reco_loss
 from record import Record

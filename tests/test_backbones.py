@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+import arguments
 import options
 from backbones import build_backbone
 from errors import UserError
@@ -156,7 +157,7 @@ def test_a_file_is_used_whatever_the_recipe_says():
 
     def pretrained(*words: str) -> bool:
         parser = options.training_parser("", "train_supervised.py")
-        return options.parse(parser, list(words)).pretrained
+        return arguments.parse(parser, list(words)).pretrained
 
     assert not pretrained()
     assert pretrained("--backbone-weights", "weights.safetensors")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import arguments
 import options
 import run
 import train_semi
@@ -171,7 +172,7 @@ def test_synchronised_batch_norm_keeps_the_network(monkeypatch):
     """timm's norm layers hold an activation, which torch's own converter drops."""
     monkeypatch.setattr(DeepLabV3Plus, "to", lambda model, *place, **options: model)  # no GPU here
     words = ["--backbone", "test_efficientnet", "--channels", "8", "--low-channels", "8"]
-    args = options.parse(options.training_parser("", "train_supervised.py"), words)
+    args = arguments.parse(options.training_parser("", "train_supervised.py"), words)
     source = SimpleNamespace(classes=["a", "b", "c"], palette=[(0, 0, 0)] * 3, size=None)
 
     def network(processes: int, device: str) -> torch.nn.Module:
