@@ -7,11 +7,12 @@ from pathlib import Path
 
 from accelerate.tracking import get_available_trackers
 
+from backbones import vit_patch
 from checkpoint import default_folder, newest_folder, read_config
 from errors import need
 from options import Parser
 from processes import cores
-from recipes import RECIPES
+from recipes import ADAMW, PAPER, RECIPES, VIT_LR_SCALE
 
 # What may differ between a run and its resumption without changing the result.
 HARMLESS = {"resume", "out_dir", "num_workers", "save_interval", "log_interval", "log_with"}
@@ -74,7 +75,8 @@ def resumed_options(args: argparse.Namespace, given: dict) -> argparse.Namespace
         "start a new run",
     )
     harmless = {name: value for name, value in given.items() if name in HARMLESS}
-    resumed = {**vars(args), **saved, **harmless, "out_dir": str(folder), "resume": True}
+    older = {name: PAPER[name] for name in ("optimizer", "weight_decay", "backbone_lr_scale")}
+    resumed = {**vars(args), **older, **saved, **harmless, "out_dir": str(folder), "resume": True}
     return argparse.Namespace(**resumed)
 
 
@@ -97,14 +99,32 @@ def fill_from_recipe(args: argparse.Namespace) -> None:
         recipe["num_workers"] = max(1, min(8, cores() // processes // (2 if semi else 1)))
     if begun:  # the network is that of the run
         recipe |= {k: v for k, v in begun["model"].items() if k in recipe and v is not None}
-        recipe["lr"] /= 10  # the full rate would undo what the weights know
     if args.backbone_weights:  # also where the recipe begins with random weights
         recipe["pretrained"] = True
+    fit_optimizer(args, recipe)
+    if begun:
+        recipe["lr"] /= 10  # the full rate would undo what the weights know
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.save_interval = args.save_interval or args.val_interval
     args.crop_size = both_sides(args.crop_size, "crop_size")
+
+
+def fit_optimizer(args: argparse.Namespace, recipe: dict) -> None:
+    """The recipe's optimiser, rates and crop for the backbone: a ViT of one stride takes AdamW, and
+    crops that its patches tile."""
+    backbone, patch = args.backbone or recipe["backbone"], 0
+    if backbone not in {known["backbone"] for known in RECIPES.values()}:
+        strides = [getattr(args, n) or recipe[n] for n in ("output_stride", "decoder_stride")]
+        patch = vit_patch(backbone, *strides)
+    if args.optimizer == "adamw" or (patch and not args.optimizer):
+        recipe |= ADAMW
+    if patch:
+        crop = [max(1, round(side / patch)) * patch for side in recipe["crop_size"]]
+        pretrained = recipe["pretrained"] if args.pretrained is None else args.pretrained
+        scale = VIT_LR_SCALE if pretrained or args.init_from else 1.0
+        recipe |= dict(crop_size=crop, backbone_lr_scale=scale)
 
 
 def check_values(args: argparse.Namespace) -> None:

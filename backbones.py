@@ -118,6 +118,12 @@ def probe_features(
     return options, widths[low], widths[-1], 0
 
 
+def vit_patch(name: str, output_stride: int, decoder_stride: int) -> int:
+    """Patch size of a ViT of one stride, 0 for a pyramid; UserError as `build_backbone`."""
+    check_name(name)
+    return probe_features(name, output_stride, decoder_stride)[-1]
+
+
 def input_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation per channel of the images, in 0 .. 1, that the backbone was trained on."""
     config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)

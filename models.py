@@ -64,7 +64,7 @@ class DeepLabV3Plus(nn.Module):
         self.backbone, low_width, high_width, self.patch = build_backbone(
             backbone, pretrained, output_stride, decoder_stride, backbone_weights
         )
-        self.decoder_stride = decoder_stride
+        self.decoder_stride, self.frozen = decoder_stride, False
         self.aspp = ASPP(high_width, channels, aspp_rates)
         self.low_level = conv_bn_relu(low_width, low_channels, 1)
         self.classifier = head(channels + low_channels, channels, num_classes)
@@ -84,7 +84,11 @@ class DeepLabV3Plus(nn.Module):
             # one-stride features: the patches must tile the image, so it is stretched to the next
             # multiple
             x = upsample(x, [math.ceil(n / self.patch) * self.patch for n in x.shape[-2:]])
-        features = self.backbone(x)
+        if self.frozen:
+            with torch.no_grad():
+                features = self.backbone(x)
+        else:
+            features = self.backbone(x)
         low, high = features[0], self.aspp(features[-1])
         if list(low.shape[-2:]) != size or torch.compiler.is_exporting():  # a graph for any size
             low = upsample(low, size)
@@ -92,6 +96,18 @@ class DeepLabV3Plus(nn.Module):
         decoded = torch.cat([self.low_level(low), upsample(high, size)], dim=1)
         rep = None if self.representation is None else self.representation(decoded)
         return self.classifier(decoded), rep
+
+    def freeze_backbone(self) -> None:
+        """Train the heads alone: the backbone has no gradient, no graph is kept of it, and its
+        batch norm stays in eval mode."""
+        self.frozen = True
+        self.backbone.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
 
 
 class ASPP(nn.Module):

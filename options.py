@@ -103,7 +103,7 @@ def add_data_options(add) -> None:
         nargs="+",
         metavar="N",
         help="training crop, one side or height and width (cityscapes 512, camvid 160, street 64, "
-        "others 321)",
+        "others 321; with a ViT the nearest multiple of its patch)",
     )
     add(
         "--scale",
@@ -253,8 +253,22 @@ def add_optimisation_options(add) -> None:
     add(
         "--lr",
         type=positive_float,
-        help="base learning rate, used as given (street: 0.2, camvid: 0.02, others: 0.0025; by "
-        "default it follows the global batch in proportion)",
+        help="base learning rate, used as given (street: 0.2, camvid: 0.02, others: 0.0025, adamw: "
+        "0.0002; by default it follows the global batch in proportion)",
+    )
+    add(
+        "--optimizer",
+        choices=["sgd", "adamw"],
+        help="sgd with Nesterov momentum 0.9, or adamw with betas 0.9, 0.999 (ViTs: adamw, others: "
+        "sgd)",
+    )
+    add("--weight-decay", type=non_negative, help="of all weights (sgd: 0.0005, adamw: 0.01)")
+    add(
+        "--backbone-lr-scale",
+        type=non_negative,
+        metavar="X",
+        help="the backbone's learning rate is this times --lr; 0 freezes it (pretrained ViTs: "
+        "0.025, others: 1)",
     )
     add(
         "--compile",

@@ -93,6 +93,8 @@ def new_model(
         # a process holds few images: batch norm takes its statistics from those of all.
         # timm's conversion keeps the activations of its own norm layers
         model = convert_sync_batchnorm(model)
+    if args.backbone_lr_scale == 0:
+        model.freeze_backbone()
     return model.to(accelerator.device, memory_format=torch.channels_last), config
 
 
@@ -109,10 +111,19 @@ def init_from(model: DeepLabV3Plus, folder: Path, classes: list[str]) -> None:
 
 
 def new_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, as in the paper."""
-    return torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    """SGD with Nesterov momentum, as in the paper, or AdamW. The backbone's rate may be another
+    (`lr_scale` times the heads'); a frozen backbone is not the optimiser's."""
+    groups = [{"params": list(model.parameters()), "lr_scale": 1.0}]
+    if args.backbone_lr_scale != 1:
+        own = list(model.backbone.parameters())
+        heads = [p for n, p in model.named_parameters() if not n.startswith("backbone.")]
+        groups = [{"params": heads, "lr_scale": 1.0}]
+        if args.backbone_lr_scale > 0:
+            groups.append({"params": own, "lr_scale": args.backbone_lr_scale})
+    options = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
 
 
 def base_learning_rate(args: argparse.Namespace, processes: int) -> float:
@@ -129,11 +140,11 @@ def learning_rate(base: float, step: int, iterations: int) -> float:
 
 
 def set_learning_rate(optimizer, args, accelerator: Accelerator, step: int) -> float:
-    """Give the optimiser the rate of a step (from 0), and return it."""
+    """Give the optimiser the rate of a step (from 0), and return that of the heads."""
     base = base_learning_rate(args, accelerator.num_processes)
     rate = learning_rate(base, step, args.iterations)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)  # older checkpoints have none
     return rate
 
 
@@ -185,10 +196,7 @@ def start_line(
     if semi:
         images += f" + {len(division.unlabelled)} unlabelled"
         batches += f" + {batch}"
-    rate = f"learning rate {base_learning_rate(args, processes):g}"
-    if not args.lr_given and batch != args.recipe_batch:
-        rate += f" = {args.lr:g} x {batch}/{args.recipe_batch}, in proportion to the batch"
-        rate += "; --lr overrides"
+    rate = f"{args.optimizer}, {describe_rates(args, processes)}"
     device, precision = accelerator.device.type, accelerator.mixed_precision
     hardware = f"{device} x {processes}, precision {'fp32' if precision == 'no' else precision}"
     if processes > 1 and device == "cuda":
@@ -204,6 +212,20 @@ def start_line(
             f"writes to {folder}",
         ]
     )
+
+
+def describe_rates(args: argparse.Namespace, processes: int) -> str:
+    """The learning rates of heads and backbone, and where they come from."""
+    base, batch = base_learning_rate(args, processes), args.batch_size * processes
+    text = f"learning rate {base:g}"
+    if not args.lr_given and batch != args.recipe_batch:
+        text += f" = {args.lr:g} x {batch}/{args.recipe_batch}, in proportion to the batch"
+        text += "; --lr overrides"
+    if args.backbone_lr_scale == 0:
+        text += ", backbone frozen"
+    elif args.backbone_lr_scale != 1:
+        text += f", backbone {base * args.backbone_lr_scale:g}"
+    return text
 
 
 def resume_command(args: argparse.Namespace, folder: Path) -> str:

@@ -1,0 +1,112 @@
+"""The optimiser of a run: its rates, a frozen backbone, AdamW through a stop and a resumption."""
+
+import os
+import signal
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import run
+import train_semi
+import train_supervised
+import trees
+from models import DeepLabV3Plus, MeanTeacher
+
+TINY = """--dataset folder --recipe street --batch-size 2 --channels 8 --low-channels 8 --rep-dim 8
+    --crop-size 32 --log-with none --num-workers 0 --val-interval 4"""
+
+
+@pytest.fixture
+def words(tmp_path):
+    return [*TINY.split(), "--data-path", str(trees.folder(tmp_path / "data", size=(32, 40)))]
+
+
+def network() -> DeepLabV3Plus:
+    return DeepLabV3Plus(3, "test_resnet", 8, False, channels=8, low_channels=8)
+
+
+def options(**changed):
+    args = train_supervised.parse_options([])
+    vars(args).update(changed)
+    return args
+
+
+def test_heads_and_backbone_have_their_rates():
+    model = network()
+    optimizer = run.new_optimizer(options(optimizer="adamw", backbone_lr_scale=0.025), model)
+    heads, backbone = optimizer.param_groups
+    assert heads["betas"] == (0.9, 0.999)
+    assert {id(p) for p in backbone["params"]} == {id(p) for p in model.backbone.parameters()}
+    assert len(heads["params"]) + len(backbone["params"]) == len(list(model.parameters()))
+    whole = run.new_optimizer(options(), model)
+    assert isinstance(whole, torch.optim.SGD) and len(whole.param_groups) == 1
+
+    class Alone:
+        num_processes = 1
+
+    args = options(lr=1e-3, lr_given=True, iterations=10)
+    assert run.set_learning_rate(optimizer, args, Alone, step=0) == 1e-3
+    assert (heads["lr"], backbone["lr"]) == (1e-3, pytest.approx(2.5e-5))
+
+
+def test_a_frozen_backbone_has_no_gradient_and_keeps_its_statistics():
+    model = network()
+    model.freeze_backbone()
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    teacher = MeanTeacher(model.train())
+    seen = []
+    for network_ in (model, teacher.model):
+        network_.backbone.register_forward_hook(lambda *call: seen.extend(call[-1]))
+        network_.train()
+        logits, rep = network_(torch.rand(2, 3, 32, 32))
+    logits, rep = model(torch.rand(2, 3, 32, 32))
+    (logits.sum() + rep.sum()).backward()
+    assert seen and not any(features.requires_grad for features in seen)  # no graph is kept
+    assert all(p.grad is None for p in model.backbone.parameters())
+    assert all(p.grad is not None for p in model.aspp.parameters())
+    after = model.eval().train().backbone.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    optimizer = run.new_optimizer(options(backbone_lr_scale=0.0), model)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_a_run_with_a_frozen_backbone_keeps_its_weights(script, words, tmp_path):
+    state = timm.create_model("test_vit").state_dict()
+    save_file(state, tmp_path / "vit.safetensors")
+    words += ["--backbone", "test_vit", "--backbone-weights", str(tmp_path / "vit.safetensors")]
+    words += ["--iterations", "2", "--out-dir", str(tmp_path / "run")]
+    status, out, err = script(train_semi, "--reco", *words, "--backbone-lr-scale", "0")
+    assert status == 0, err
+    assert "adamw, learning rate 5e-05 = 0.0002 x 2/8" in out and "backbone frozen" in out
+    trained = load_file(tmp_path / "run" / "model.safetensors")
+    own = {k.removeprefix("backbone.model."): v for k, v in trained.items() if "backbone." in k}
+    assert own and all(torch.equal(value, state[key]) for key, value in own.items())
+
+
+def test_adamw_resumes_to_the_bit(script, words, tmp_path, monkeypatch):
+    words += ["--optimizer", "adamw", "--backbone-lr-scale", "0.5", "--iterations", "4"]
+    assert script(train_supervised, *words, "--out-dir", tmp_path / "whole")[0] == 0
+    step, taken = train_supervised.train_step, []
+
+    def stopped_at_2(*args, **options):
+        taken.append(1)
+        if len(taken) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **options)
+
+    monkeypatch.setattr(train_supervised, "train_step", stopped_at_2)
+    status, out, _ = script(train_supervised, *words, "--out-dir", tmp_path / "cut")
+    assert status == 128 + signal.SIGTERM and "stopped at step 2 of 4" in out
+    status, out, _ = script(train_supervised, "--out-dir", tmp_path / "cut", "--resume")
+    assert status == 0 and "backbone 1.25e-05" in out and len(taken) == 4
+    states = [checkpoint.load_state(tmp_path / name) for name in ("whole", "cut")]
+    whole, cut = (dict(state["optimizer"]["state"]) for state in states)
+    assert whole.keys() == cut.keys() and len(whole) > 10
+    for key, entries in whole.items():
+        assert all(torch.equal(value, cut[key][name]) for name, value in entries.items())
+    whole, cut = (state["model"] for state in states)
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
