@@ -93,6 +93,17 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{path}: is damaged ({type(error).__name__}: {error})") from None
 
 
+def best_miou(folder: Path) -> float | None:
+    """The best validation mIoU in a run's history.json, in 0 .. 1; None where there is none."""
+    path = folder / "history.json"
+    if not path.is_file():
+        return None
+    try:
+        return max(entry["miou"] for entry in json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({type(error).__name__}: {error})") from None
+
+
 def check_config(config: dict) -> None:
     """ValueError, KeyError or TypeError where an entry that others rely on is missing or odd."""
     classes, colours = config["classes"], np.asarray(config["palette"], np.uint8)

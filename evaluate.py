@@ -28,7 +28,7 @@ from published import load_published
 def parse_options() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("run", nargs="?", metavar="RUN", help="a run's folder")
+    add("run", nargs="?", metavar="RUN", help="a run's folder, or user/name on the hub")
     add(
         "--checkpoint",
         metavar="FILE",

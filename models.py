@@ -14,13 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from PIL import Image
 from torch import Tensor, nn
 
 from backbones import build_backbone, input_statistics
-from checkpoint import load_weights, read_config, read_weights
+from checkpoint import best_miou, load_weights, read_config, read_weights
 from errors import UserError
-from files import read_image, to_rgb
+from files import read_image, to_rgb, write_json
+from hub import fetch, is_hub_name, model_card, public_config
 from prediction import predict_picture, predict_strips
 from transforms import upsample
 
@@ -184,8 +186,11 @@ class MeanTeacher:
 
 
 # ------------------------------------------------------------------------------ a trained network
-class Segmenter(DeepLabV3Plus):
-    """A trained network to use: `classes`, `palette` and `predict`; built from a run's config."""
+class Segmenter(DeepLabV3Plus, PyTorchModelHubMixin):
+    """A trained network to use: `classes`, `palette` and `predict`; built from a run's config.
+
+    `save_pretrained(folder)` and `push_to_hub("user/name", model_card_kwargs={"license": ...})`
+    are huggingface_hub's own; both write weights, config.json and a model card."""
 
     def __init__(self, config: dict):
         # before the network normalised its images itself, all were by ImageNet's constants
@@ -193,6 +198,14 @@ class Segmenter(DeepLabV3Plus):
         super().__init__(**{**constants, **config["model"], "pretrained": False})
         self.config, self.classes = config, config["classes"]
         self.palette = [tuple(colour) for colour in config["palette"]]
+        self.folder: Path | None = None  # of the run
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        write_json(save_directory / "config.json", public_config(self.config))
+
+    def generate_model_card(self, license: str | None = None) -> ModelCard:
+        return model_card(self.config, self.folder and best_miou(self.folder), license)
 
     def predict(
         self,
@@ -246,10 +259,10 @@ class Segmenter(DeepLabV3Plus):
         return max(32, round(height * factor)), max(32, round(width * factor))
 
 
-def load(folder: str | Path) -> Segmenter:
-    """The trained network of a run's folder, in eval mode. Raises UserError for a folder that
-    holds none, or a damaged one."""
-    folder = Path(folder)
+def load(name: str | Path) -> Segmenter:
+    """The trained network of a run's folder, or of user/name on the Hugging Face hub, in eval mode.
+    Raises UserError for a folder that holds none, or a damaged one."""
+    folder = fetch(str(name)) if is_hub_name(str(name)) else Path(name)
     config = read_config(folder)
     weights = read_weights(folder / "model.safetensors")
     try:
@@ -262,6 +275,7 @@ def load(folder: str | Path) -> Segmenter:
             f"({type(error).__name__})"
         ) from None
     load_weights(model, weights, folder / "model.safetensors")
+    model.folder = folder
     return model.eval()
 
 

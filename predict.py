@@ -42,7 +42,7 @@ def parse_options() -> argparse.Namespace:
         "paths",
         nargs="*",
         metavar="RUN IMAGE_OR_FOLDER",
-        help="a run's folder, then pictures and folders of pictures",
+        help="a run's folder (or user/name on the hub), then pictures and folders of pictures",
     )
     add("--out-dir", metavar="DIR", help="where the masks and overlays go")
     add("--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run")

@@ -35,7 +35,7 @@ def load_published(file: str, dataset: str | None) -> Segmenter:
         "classes": classes,
         "palette": palette,
         "crop_size": RECIPES[dataset]["crop_size"] * 2,
-        "arguments": {"dataset": dataset, "data_path": None, "max_size": None},
+        "arguments": {"dataset": dataset, "script": "the authors' code", "max_size": None},
     }
     model = Segmenter(config)
     load_weights(model, convert_reco_checkpoint(state), file)
