@@ -40,6 +40,7 @@ class Source:
     test: list[Sample] = field(default_factory=list)
     table: np.ndarray | None = None  # uint8 [256]: value on disk -> class id, IGNORE or OUTSIDE
     table_origin: str = ""  # what a message on a wrong label value says of the allowed ones
+    colours: dict[int, int] | None = None  # of masks in colours, see files.read_label
     size: tuple[int, int] | None = None  # (H, W) every image is brought to (training resolution)
     max_size: int | None = None  # ... or the longer side is brought down to
     eval_pad: tuple[int, int] | None = None  # (H, W) evaluated images are padded to
@@ -83,7 +84,7 @@ class Source:
 
     def read_label(self, sample: Sample, size: tuple[int, int] | None = None) -> np.ndarray:
         """Class ids uint8 [H, W] as on disk; `size` is that of the image, which it must share."""
-        return files.read_label(sample.label, self.table, size, self.table_origin)
+        return files.read_label(sample.label, self.table, size, self.table_origin, self.colours)
 
     def read_cached(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """The training-size copy of a sample, written once and used while its files stay."""
@@ -94,6 +95,7 @@ class Source:
             self.size,
             self.max_size,
             None if self.table is None else self.table.tobytes(),
+            self.colours,
         ]
         key = hashlib.sha256(repr(content).encode()).hexdigest()
         path = self.cache_dir / key[:2] / f"{key[2:34]}.npy"
@@ -205,27 +207,26 @@ def list_street() -> layouts.Splits:
 
 
 def load_folder(path: Path, max_size: int | None = None) -> Source:
-    """A user's own data: the files of `layouts.list_folder`, classes.txt with a name per line."""
-    names = path / "classes.txt"
-    need(
-        names.is_file(),
-        f"{names}: no such file; it names the classes, one per line, in the order of the label "
-        "values 0, 1, ...",
-    )
-    text = names.read_text(encoding="utf-8-sig", errors="replace")
-    classes = [line.strip() for line in text.splitlines() if line.strip()]
+    """A user's own data: the files of `layouts.list_folder` and the classes that the user names."""
+    file, classes, palette, void = layouts.read_classes(path)
     need(
         2 <= len(classes) < OUTSIDE,
-        f"{names}: names {len(classes)} classes; 2 to {OUTSIDE - 1} are possible",
+        f"{file}: names {len(classes)} classes; 2 to {OUTSIDE - 1} are possible",
     )
+    colours = None
+    if palette:
+        pairs = [*zip(palette, range(len(classes)), strict=True), *((c, IGNORE) for c in void)]
+        colours = {65536 * red + 256 * green + blue: i for (red, green, blue), i in pairs}
+        need(len(colours) == len(pairs), f"{file}: gives two entries the same colour")
     splits = layouts.list_folder(path)
     first_label = next(sample.label for sample in splits["train"] if sample.label)
     return replace(
         SOURCES["folder"],
         classes=classes,
-        palette=own_palette(first_label, len(classes)) or voc_palette(len(classes)),
+        palette=palette or own_palette(first_label, len(classes)) or voc_palette(len(classes)),
         table=value_table({i: i for i in (*range(len(classes)), IGNORE)}),
-        table_origin=f" (classes.txt names {len(classes)})",
+        table_origin=f" ({file.name} names {len(classes)})",
+        colours=colours,
         max_size=max_size,
         **splits,
     )

@@ -76,25 +76,30 @@ def read_label(
     table: np.ndarray,
     size: tuple[int, int] | None = None,
     origin: str = "",
+    colours: dict[int, int] | None = None,
 ) -> np.ndarray:
-    """Class ids uint8 [H, W] of an index or palette PNG, 255 = not labelled.
+    """Class ids uint8 [H, W] of an index, palette or, with `colours`, RGB PNG, 255 = not labelled.
 
     table   uint8 [256]: value on disk -> class id, IGNORE, or OUTSIDE for a value that is no class
     size    (H, W) on disk of the image that it belongs to, which the label must share
     origin  what the message on a wrong value says of the allowed ones, e.g. where they are named
+    colours 65536 R + 256 G + B -> class id or IGNORE; RGB and palette PNGs are read by these
     Raises UserError that names the file, the value and the allowed range.
     """
     image, stored = open_image(path)
+    coloured = colours is not None and image.mode in ("RGB", "RGBA", "P")
     need(
-        image.mode in LABEL_MODES,
+        coloured or image.mode in LABEL_MODES,
         f"{path}: is a {image.mode} picture; a label is an index or palette PNG that holds one "
-        "class number per pixel",
+        "class number per pixel, or classes.txt gives every class its colour (road 128 64 128)",
     )
     if size and stored != size:
         raise UserError(
             f"{path}: is {stored[1]}x{stored[0]} but its image is {size[1]}x{size[0]}; "
             "they must have one size"
         )
+    if coloured:
+        return label_by_colour(path, image, colours, origin)
     values = np.asarray(image)
     if values.dtype not in (bool, np.uint8):  # 16 bits: nothing beyond a byte is a class
         values = np.where((values < 0) | (values > IGNORE), OUTSIDE, values)
@@ -105,6 +110,29 @@ def read_label(
         raise UserError(
             f"{path}: holds the value {np.asarray(image)[wrong].min()}, which is no class; "
             f"allowed are {allowed[0]} to {allowed[-1]}{origin}, and 255 = not labelled"
+        )
+    return label
+
+
+def label_by_colour(
+    path: str | Path, image: Image.Image, colours: dict[int, int], origin: str
+) -> np.ndarray:
+    """`read_label` of a picture in the colours of the classes. The palette index 255, without a
+    colour of its own, is not labelled, as predict.py and a painter's eraser leave it."""
+    red, green, blue = np.asarray(image.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
+    packed = 65536 * red + 256 * green + blue
+    known = np.array(sorted(colours))
+    ids = np.array([colours[colour] for colour in known.tolist()], np.uint8)
+    place = np.searchsorted(known, packed).clip(max=len(known) - 1)
+    wrong = known[place] != packed
+    label = np.where(wrong, np.uint8(IGNORE), ids[place])
+    if image.mode == "P":
+        wrong &= np.asarray(image) != IGNORE
+    if wrong.any():
+        y, x = np.argwhere(wrong)[0].tolist()
+        raise UserError(
+            f"{path}: holds the colour {red[y, x]} {green[y, x]} {blue[y, x]} at x {x}, y {y}, "
+            f"which is no class{origin}; add it there, or as `void` where it means nothing"
         )
     return label
 

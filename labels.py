@@ -75,6 +75,7 @@ def index_path(source: Source) -> Path:
     content = [
         source.name,
         source.classes,
+        source.colours,
         source.size,
         source.max_size,
         os.path.abspath(source.train[0].image),

@@ -4,6 +4,7 @@ Nothing is preprocessed. Each `list_...` function gives the images with their la
 raises UserError that names what is missing.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,6 +235,39 @@ def list_folder(path: Path) -> Splits:
             "are they the same pictures?"
         )
     return splits
+
+
+Colour = tuple[int, int, int]
+
+
+def read_classes(path: Path) -> tuple[Path, list[str], list[Colour], list[Colour]]:
+    """The file that names a user's classes in the order of the label values, the names, their
+    colours (none where it gives none) and the colours that mean "not labelled".
+
+    classes.txt has a name a line, or a name and a colour (`road 128 64 128`); without it CVAT's
+    labelmap.txt (`road:128,64,128::`) is taken. The name `void` with a colour is no class."""
+    file, pattern = path / "classes.txt", r"(.*\S)\s+(\d{1,3})\s+(\d{1,3})\s+(\d{1,3})"
+    if not file.is_file() and (path / "labelmap.txt").is_file():
+        file, pattern = path / "labelmap.txt", r"([^:]+):(\d{1,3}),(\d{1,3}),(\d{1,3})(?::.*)?"
+    need(
+        file.is_file(),
+        f"{file}: no such file; it names the classes, one per line, in the order of the label "
+        "values 0, 1, ...",
+    )
+    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
+    if file.name == "labelmap.txt":
+        lines = [line for line in lines if not line.startswith("#")]
+    found = [re.fullmatch(pattern, line) for line in lines]
+    if file.name == "classes.txt" and not any(found):
+        return file, lines, [], []
+    for line, match in zip(lines, found, strict=True):
+        whole = match and max(map(int, match.groups()[1:])) <= 255
+        need(whole, f"{file}: the line {line!r} has no name with a colour (R, G, B in 0 .. 255)")
+    entries = [(match[1].strip(), tuple(map(int, match.groups()[1:]))) for match in found]
+    classes = [(name, colour) for name, colour in entries if name.lower() != "void"]
+    void = [colour for name, colour in entries if name.lower() == "void"]
+    return file, [name for name, _ in classes], [colour for _, colour in classes], void
 
 
 def folder_split(path: Path, part: str) -> list[Sample]:

@@ -254,3 +254,81 @@ def test_training_size_copies(tmp_path, opened, kind):
     assert decoded() > 0  # another label: another copy
     full, _ = cached.read(samples[0], full_resolution=True)
     assert full.shape == plain.read(samples[0], full_resolution=True)[0].shape
+
+
+# --------------------------------------------------------------------------- masks in colours
+COLOURS = [(128, 64, 128), (220, 20, 60), (0, 0, 142)]
+
+
+def in_colours(root, classes_file: str, text: str):
+    """A user's folder whose labels are RGB PNGs and, of the validation images, palette PNGs."""
+    trees.folder(root)
+    (root / "classes.txt").unlink()
+    (root / classes_file).write_text(text)
+    for path in (root / "labels").rglob("*.png"):
+        index = trees.raw(path)
+        if path.parent.name == "train":
+            trees.save(path, np.array(COLOURS, np.uint8)[index])
+        else:  # its numbers are not those of the classes
+            palette = [c for colour in COLOURS for c in colour]
+            trees.save(path, (index + 7), [9] * 21 + palette)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("classes.txt", "road 128 64 128\nred  light 220 20 60\ncar 0 0 142\nvoid 0 0 0\n"),
+        (
+            "labelmap.txt",
+            "# label:color_rgb:parts:actions\nroad:128,64,128::\nred  light:220,20,60::\n"
+            "car:0,0,142:wheel,door:\nvoid:0,0,0::\n",
+        ),
+    ],
+)
+def test_masks_in_the_colours_of_the_classes(tmp_path, file, text):
+    expected = load("folder", trees.folder(tmp_path / "index"))
+    source = load("folder", in_colours(tmp_path / "colours", file, text))
+    assert source.classes == ["road", "red  light", "car"] and source.palette == COLOURS
+    for ours, theirs in zip(source.train + source.val, expected.train + expected.val, strict=True):
+        assert torch.equal(source.read(ours)[1], expected.read(theirs)[1])
+    path = source.train[0].label
+    mask = trees.raw(path).copy()
+    mask[3, 5] = 0  # void
+    trees.save(tmp_path / "mask.png", mask)
+    label = source.read_label(replace(source.train[0], label=str(tmp_path / "mask.png")))
+    assert label[3, 5] == IGNORE and (label != IGNORE).sum() == label.size - 1
+    mask[4, 6] = (1, 2, 3)
+    trees.save(tmp_path / "mask.png", mask)
+    place = rf"mask\.png: holds the colour 1 2 3 at x 6, y 4, .*{file} names 3"
+    with pytest.raises(UserError, match=place):
+        source.read_label(replace(source.train[0], label=str(tmp_path / "mask.png")))
+
+
+def test_a_predicted_mask_is_a_label(tmp_path):
+    """predict.py writes the numbers with the colours as palette; 255 is what a user erased."""
+    text = "road 128 64 128\nperson 220 20 60\ncar 0 0 142\n"
+    source = load("folder", in_colours(tmp_path, "classes.txt", text))
+    index = np.array([[0, 1], [2, 255]], np.uint8)
+    palette = [c for colour in COLOURS for c in colour]
+    trees.save(tmp_path / "mask.png", index, palette + [0] * 759)
+    label = source.read_label(replace(source.train[0], label=str(tmp_path / "mask.png")))
+    assert label.tolist() == index.tolist()
+    trees.save(tmp_path / "mask.png", index)  # a grey PNG holds class numbers
+    label = source.read_label(replace(source.train[0], label=str(tmp_path / "mask.png")))
+    assert label.tolist() == index.tolist()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("classes.txt", "road 1 2 3\ncar\n", "'car' has no name with a colour"),
+        ("classes.txt", "road 1 2 3\ncar 4 5 256\n", "'car 4 5 256' has no name with a colour"),
+        ("classes.txt", "road 1 2 3\ncar 1 2 3\n", "two entries the same colour"),
+        ("classes.txt", "road 1 2 3\nvoid 4 5 6\n", "names 1 classes"),
+        ("labelmap.txt", "road\ncar\n", "'road' has no name with a colour"),
+    ],
+)
+def test_odd_colours_are_one_line(tmp_path, file, text, told):
+    with pytest.raises(UserError, match=f"{file}: .*{told}"):
+        load("folder", in_colours(tmp_path, file, text))
