@@ -1,0 +1,183 @@
+"""The examples that bring COCO and labelme annotations into the layout of --dataset folder."""
+
+import base64
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import trees
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def start(script: str, *words) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(EXAMPLES / script), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def convert(script: str, *words) -> None:
+    done = start(script, *words)
+    assert done.returncode == 0, done.stderr
+
+
+def refusal(script: str, *words) -> str:
+    done = start(script, *words)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def labels(out: Path, split: str) -> dict[str, np.ndarray]:
+    return {path.stem: trees.raw(path) for path in (out / "labels" / split).iterdir()}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name in ("a", "b", "c"):
+        trees.save(tmp_path / "photos" / f"{name}.jpg", np.full((20, 30, 3), 99, np.uint8))
+    return tmp_path / "photos"
+
+
+# ---------------------------------------------------------------------------------------- COCO
+CATEGORIES = [
+    {"id": 7, "name": "person", "supercategory": "person"},
+    {"id": 3, "name": "car", "supercategory": "vehicle"},
+]
+
+
+def rectangle(x: int, y: int, width: int, height: int) -> list[float]:
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
+def coco_file(path: Path, annotations: list[dict]) -> Path:
+    images = [
+        {"id": i, "file_name": f"{name}.jpg", "height": 20, "width": 30, "license": 1}
+        for i, name in enumerate("abc", start=1)
+    ]
+    content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    path.write_text(json.dumps({"info": {"year": 2026}, "licenses": [], **content}))
+    return path
+
+
+@pytest.fixture
+def instances(tmp_path):
+    pytest.importorskip("pycocotools", reason="an optional package: pip install pycocotools")
+    rle = {"size": [20, 30], "counts": [0, 20, 580]}  # column by column: the first one
+    return coco_file(
+        tmp_path / "instances.json",
+        [
+            dict(id=1, image_id=1, category_id=7, iscrowd=0, area=16, bbox=[2, 2, 4, 4])
+            | dict(segmentation=[rectangle(2, 2, 4, 4)]),
+            dict(id=2, image_id=1, category_id=3, iscrowd=0, area=100, bbox=[0, 0, 10, 10])
+            | dict(segmentation=[rectangle(0, 0, 10, 10)]),
+            dict(id=3, image_id=2, category_id=3, iscrowd=1, area=20, bbox=[0, 0, 1, 20])
+            | dict(segmentation=rle),
+        ],
+    )
+
+
+def test_coco_instances(instances, photos, tmp_path):
+    convert("from_coco.py", instances, photos, tmp_path / "out")
+    assert (tmp_path / "out" / "classes.txt").read_text() == "car\nperson\n"
+    found = labels(tmp_path / "out", "train")
+    assert sorted(found) == ["a", "b"]  # c has no annotation: unlabelled
+    assert found["a"].shape == (20, 30) and found["a"][15, 15] == 255
+    assert found["a"][8, 8] == 0 and found["a"][4, 4] == 1  # the smaller one is on top
+    assert (found["b"][:, 0] == 0).all() and (found["b"][:, 1:] == 255).all()
+    words = [instances, photos, tmp_path / "two", "--background", "nothing", "--split"]
+    for split in ("train", "val"):
+        convert("from_coco.py", *words, split)
+    source = data.load_source("folder", str(tmp_path / "two"))
+    assert source.classes == ["nothing", "car", "person"] and len(source.val) == 3
+    assert (source.read(source.val[2])[1] == 0).all()
+
+
+def test_coco_panoptic(photos, tmp_path):
+    segments = np.zeros((20, 30, 3), np.uint8)
+    segments[:10] = (44, 1, 0)  # id 300
+    segments[10:, :5] = (1, 2, 3)  # id 197121
+    trees.save(tmp_path / "panoptic" / "a.png", segments)
+    info = [{"id": 300, "category_id": 3}, {"id": 197121, "category_id": 7}]
+    annotation = {"image_id": 1, "file_name": "a.png", "segments_info": info}
+    file = coco_file(tmp_path / "panoptic.json", [annotation])
+    convert("from_coco.py", file, photos, tmp_path / "out")
+    found = labels(tmp_path / "out", "train")["a"]
+    assert (found[:10] == 0).all() and (found[10:, :5] == 1).all() and (found[10:, 5:] == 255).all()
+    told = refusal("from_coco.py", file, photos, tmp_path / "x", "--panoptic", tmp_path / "none")
+    assert "none/a.png" in told
+
+
+def test_odd_coco_files(instances, photos, tmp_path):
+    (tmp_path / "odd.json").write_text('{"images": []}')
+    assert "is no COCO file" in refusal("from_coco.py", tmp_path / "odd.json", photos, tmp_path)
+    assert "none.json" in refusal("from_coco.py", tmp_path / "none.json", photos, tmp_path)
+    odd = coco_file(tmp_path / "odd.json", [{"id": 1, "image_id": 1, "category_id": 9}])
+    assert "the category 9" in refusal("from_coco.py", odd, photos, tmp_path / "out")
+    (photos / "b.jpg").unlink()
+    assert "b.jpg" in refusal("from_coco.py", instances, photos, tmp_path / "out")
+    (tmp_path / "out" / "classes.txt").write_text("other\nnames\n")
+    assert "classes.txt" in refusal("from_coco.py", instances, photos, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------- labelme
+def shape(label: str, points: list, kind: str = "polygon", **more) -> dict:
+    own = {"group_id": None, "description": "", "flags": {}, "mask": None}
+    return {"label": label, "points": points, "shape_type": kind, **own, **more}
+
+
+def labelme_file(path: Path, *shapes: dict) -> None:
+    head = {"version": "5.5.0", "flags": {}, "imagePath": f"{path.stem}.jpg", "imageData": None}
+    size = {"imageHeight": 20, "imageWidth": 30}
+    path.write_text(json.dumps({**head, "shapes": shapes, **size}, indent=2))
+
+
+def test_labelme(photos, tmp_path):
+    mask = io.BytesIO()
+    Image.fromarray(np.full((3, 4), True)).save(mask, "PNG")
+    labelme_file(
+        photos / "a.json",
+        shape("road", [[0, 10], [29, 10], [29, 19], [0, 19]]),
+        shape("car", [[5, 15], [2, 12]], "rectangle"),
+        shape("car", [[20, 15], [20, 17]], "circle"),
+        shape("sign", [[10, 2], [13, 4]], "mask", mask=base64.b64encode(mask.getvalue()).decode()),
+        shape("__ignore__", [[25, 15]], "point"),
+        shape("sign", [[0, 0], [29, 0]], "line"),
+    )
+    labelme_file(photos / "b.json", shape("car", [[0, 0], [9, 0], [9, 9], [0, 9]], "polygon"))
+    convert("from_labelme.py", photos, tmp_path / "out", "--width", "1")
+    out = tmp_path / "out"
+    assert (out / "classes.txt").read_text() == "car\nroad\nsign\n"
+    found = labels(out, "train")
+    assert sorted(found) == ["a", "b"] and (out / "images" / "train" / "c.jpg").exists()
+    a = found["a"]
+    assert a[19, 0] == a[10, 29] == 1 and a[12, 2] == a[15, 5] == a[17, 20] == 0
+    assert (a[2:5, 10:14] == 2).all() and a[5, 10] == 255 and (a[0] == 2).all()
+    assert a[15, 25] == 255 and a[18, 28] == 1
+
+    (tmp_path / "labels.txt").write_text("__ignore__\n_background_\nsign\nroad\ncar\nbus\n")
+    words = ["--labels", tmp_path / "labels.txt", "--background", "_background_"]
+    convert("from_labelme.py", photos, tmp_path / "two", "--split", "val", *words)
+    names = (tmp_path / "two" / "classes.txt").read_text().split()
+    assert names == ["_background_", "sign", "road", "car", "bus"]
+    b = labels(tmp_path / "two", "val")["b"]
+    assert b[5, 5] == 3 and b[15, 15] == 0
+    assert not (tmp_path / "two" / "images" / "val" / "c.jpg").exists()  # without a label
+
+
+def test_odd_labelme_files(photos, tmp_path):
+    assert "holds no .json" in refusal("from_labelme.py", photos, tmp_path / "out")
+    assert "nowhere" in refusal("from_labelme.py", tmp_path / "nowhere", tmp_path / "out")
+    (photos / "a.json").write_text("{}")
+    assert "a.json: is no labelme file" in refusal("from_labelme.py", photos, tmp_path / "out")
+    labelme_file(photos / "a.json", shape("car", [[0, 0], [3, 3]]), shape("bus", [[1, 1]], "point"))
+    told = refusal("from_labelme.py", photos, tmp_path / "out")
+    assert "a polygon of 2 points" in told
+    (tmp_path / "labels.txt").write_text("car\ntram\n")
+    told = refusal("from_labelme.py", photos, tmp_path / "new", "--labels", tmp_path / "labels.txt")
+    assert "labels.txt: lacks bus" in told
