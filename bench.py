@@ -17,8 +17,10 @@ import statistics
 import time
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -179,7 +181,7 @@ def time_loss(name: str, shape, classes: int, device, steps: int) -> dict:
         "seconds": statistics.median(times[2:]),
         "rep MB": rep.numel() * rep.element_size() / 2**20,
         "extra MB": extra_memory(rep, label, prob, valid),
-        "exchanged MB": exchanged_bytes(shape[1], classes) / 2**20,
+        "exchanged MB": exchanged_bytes(rep, label, prob, valid) / 2**20,
     }
 
 
@@ -199,10 +201,26 @@ def extra_memory(rep, label, prob, valid) -> float:
     return (most - rep.numel() * rep.element_size()) / 2**20
 
 
-def exchanged_bytes(channels: int, classes: int, negatives: int = 512) -> int:
-    """What the processes of a run send each other for one loss (float32): sums and counts of the
-    classes, the draws of the keys, and the keys."""
-    return 4 * (classes * (channels + 2) + 2 * classes * negatives + classes * negatives * channels)
+def exchanged_bytes(rep, label, prob, valid) -> int:
+    """Bytes that a process hands to the collectives of torch.distributed for one loss, counted as
+    they are called; in one process as the first of two would call them."""
+    sent, several = [], dist.is_initialized() and dist.get_world_size() > 1
+
+    def counted(collective):
+        def call(tensor, **options):
+            sent.append(tensor.numel() * tensor.element_size())
+            if several:
+                collective(tensor, **options)
+
+        return call
+
+    names = ("all_reduce", "broadcast")
+    changed = {name: counted(getattr(dist, name)) for name in names}
+    if not several:
+        changed |= dict(is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: 0)
+    with mock.patch.multiple(dist, **changed), torch.no_grad():
+        reco_loss(rep, label, prob, valid)
+    return sum(sent)
 
 
 # ------------------------------------------------------------------------------------ the script
