@@ -102,7 +102,7 @@ def add_data_options(add) -> None:
         type=positive,
         nargs="+",
         metavar="N",
-        help="training crop, one side or height and width (cityscapes 512, camvid 160, street 64, "
+        help="training crop, one side or height and width (cityscapes 512, camvid 224, street 64, "
         "others 321; with a ViT the nearest multiple of its patch)",
     )
     add(

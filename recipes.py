@@ -33,14 +33,14 @@ RECIPES = {
     "pascal": PAPER,
     "sun": PAPER | dict(batch_size=5),
     "folder": PAPER | dict(batch_size=8),
-    # photographs of 480x360 on a laptop: a small pretrained network, one core or two
+    # photographs of 480x360 on a laptop: a small pretrained network
     "camvid": PAPER
     | dict(
         backbone="tf_efficientnet_lite0.in1k",
         channels=64,
         low_channels=24,
         rep_dim=64,
-        crop_size=[160],
+        crop_size=[224],
         batch_size=4,
         lr=0.02,
         iterations=2000,
