@@ -190,14 +190,8 @@ def main() -> None:
 
     # the data, and which images and pixels count as labelled
     source = load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
-    division = divide(
-        source,
-        args.num_labeled,
-        args.label_ratio,
-        args.labeled_list,
-        args.seed,
-        quiet=not accelerator.is_main_process,
-    )
+    labels = args.num_labeled, args.label_ratio, args.labeled_list
+    division = divide(source, *labels, args.seed, quiet=not accelerator.is_main_process)
     args.partial = division.partial
 
     # the student, its optimiser, and the teacher: a copy of the bare network

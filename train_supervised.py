@@ -107,14 +107,8 @@ def main() -> None:
 
     # the data, and which images count as labelled
     source = load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
-    division = divide(
-        source,
-        args.num_labeled,
-        args.label_ratio,
-        args.labeled_list,
-        args.seed,
-        quiet=not accelerator.is_main_process,
-    )
+    labels = args.num_labeled, args.label_ratio, args.labeled_list
+    division = divide(source, *labels, args.seed, quiet=not accelerator.is_main_process)
 
     # the network and its optimiser
     state = checkpoint.load_state(folder) if args.resume else None
