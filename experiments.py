@@ -10,7 +10,6 @@ learning rate of a method is the one with the best validation mIoU at seed 0; ta
 images. A finished run is a line of results.csv and is not run again; a killed one is resumed.
 """
 
-import csv
 import json
 import os
 import subprocess
@@ -24,9 +23,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-import figures
-from errors import UserError, need
-from options import Formatter, Parser, natural, positive
+import results
+from errors import need
+from options import natural, new_parser, positive
+from processes import launch
 
 ROOT, RUNS = Path(__file__).parent, Path("runs/experiments")
 METHODS = {
@@ -42,11 +42,10 @@ ABLATIONS = {  # of ClassMix + ReCo, at its rate
     "active queries, random keys": "train_semi.py --reco --reco-random-keys",
 }
 MAIN = ["supervised", "ClassMix", "ClassMix + ReCo"]
-CAMVID_PATH, CAMVID_WEIGHTS = "dataset/CamVid", "dataset/lite0.safetensors"
-CAMVID = f"--dataset camvid --data-path {CAMVID_PATH} --backbone-weights {CAMVID_WEIGHTS}"
-CAMVID_RATES = (0.01, 0.02, 0.04)
-DIGITS_PATH = "dataset/handwriting"
-DIGITS = f"--dataset folder --data-path {DIGITS_PATH} --recipe street --iterations 2000"
+# what docs/results.md says to download, or to write, first
+CAMVID = "--dataset camvid --data-path dataset/CamVid --backbone-weights dataset/lite0.safetensors"
+RATES = (0.01, 0.02, 0.04)
+DIGITS = "--dataset folder --data-path dataset/handwriting --recipe street --iterations 2000"
 
 
 class Setting(NamedTuple):
@@ -61,21 +60,15 @@ SETTINGS = {
     "street, p0": Setting("--label-ratio p0", (0.05, 0.1, 0.2)),
     "camvid, 5 labels": Setting(f"{CAMVID} --num-labeled 5"),
     "camvid, 10 labels": Setting(f"{CAMVID} --num-labeled 10"),
-    "camvid, 20 labels": Setting(
-        f"{CAMVID} --num-labeled 20", CAMVID_RATES, [*METHODS, *ABLATIONS]
-    ),
+    "camvid, 20 labels": Setting(f"{CAMVID} --num-labeled 20", RATES, [*METHODS, *ABLATIONS]),
     "camvid, 46 labels": Setting(f"{CAMVID} --num-labeled 46"),
     "camvid, 100 labels": Setting(f"{CAMVID} --num-labeled 100"),
-    "camvid, 367 labels": Setting(
-        f"{CAMVID} --num-labeled 0", methods=["supervised + ReCo", *MAIN]
-    ),
-    "camvid, p0": Setting(f"{CAMVID} --label-ratio p0", CAMVID_RATES),
+    "camvid, 367 labels": Setting(f"{CAMVID} --num-labeled 0", (), ["supervised + ReCo", *MAIN]),
+    "camvid, p0": Setting(f"{CAMVID} --label-ratio p0", RATES),
     "handwriting, 60 labels": Setting(
         f"{DIGITS} --num-labeled 60", (0.2, 0.4), semi_options="--warmup-iterations 600"
     ),
 }
-FIELDS = ["setting", "method", "lr", "seed", "validation miou", "test miou", "test boundary iou"]
-FIELDS += ["seconds", "curve", "arguments", "commit"]
 LOCK = threading.Lock()
 
 
@@ -92,6 +85,12 @@ def folder_of(name: str, method: str, rate: float, seed: int) -> Path:
     return RUNS / f"{name}-{method}-lr{rate:g}-seed{seed}".replace(",", "").replace(" ", "-")
 
 
+def choose_at(name: str, method: str) -> tuple[str, str]:
+    """Setting and method whose runs choose the rate. An ablation takes that of ClassMix + ReCo."""
+    setting = name if SETTINGS[name].rates else "camvid, 20 labels"
+    return setting, method if method in METHODS else "ClassMix + ReCo"
+
+
 def run_script(script: str, *words) -> None:
     """Run a script with one thread, on a GPU if there is one (ACCELERATE_USE_CPU=1: never)."""
     command = [sys.executable, str(ROOT / script), *map(str, words)]
@@ -105,10 +104,8 @@ def measure(args: Namespace, job: tuple) -> None:
     """Train one run, evaluate it on the test images and add its line to results.csv."""
     folder, words = folder_of(*job), arguments_of(*job)
     begun, resumed = time.monotonic(), (folder / "config.json").exists()
-    here = {CAMVID_PATH: args.data_path, CAMVID_WEIGHTS: args.backbone_weights}
-    local = [here.get(word, word) for word in words]
-    local += ["--num-workers", "0", "--out-dir", folder, *(["--resume"] if resumed else [])]
-    run_script(*local)
+    local = ["--num-workers", "0", "--out-dir", folder, *(["--resume"] if resumed else [])]
+    run_script(*words, *local)
     run_script("evaluate.py", folder, "--split", "test", "--num-workers", "0")
     history = json.loads((folder / "history.json").read_text())
     test = json.loads((folder / "evaluation-test.json").read_text())
@@ -119,68 +116,27 @@ def measure(args: Namespace, job: tuple) -> None:
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     scores = [f"{score:.4f}" for score in scores]
     with LOCK:  # two runs may end together
-        add_row(args.results, [*job, *scores, seconds, curve, " ".join(words), commit])
+        results.add_row(args.results, [*job, *scores, seconds, curve, " ".join(words), commit])
 
 
 def run_missing(args: Namespace, jobs: list[tuple]) -> None:
     """Each job (setting, method, rate, seed) that has no line yet, --jobs at a time."""
-    done = {(row["setting"], row["arguments"]) for row in read_rows(args.results)}
+    done = {(row["setting"], row["arguments"]) for row in results.read_rows(args.results)}
     jobs = [job for job in jobs if (job[0], " ".join(arguments_of(*job))) not in done]
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), unit="run") as bar:
         for _ in pool.map(lambda job: measure(args, job), jobs):  # a failure cancels the rest
             bar.update()
 
 
-# ---------------------------------------------------------------------------------------- results
-def read_rows(results: Path) -> list[dict]:
-    file = results / "results.csv"
-    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
-
-
-def add_row(results: Path, row: list) -> None:
-    results.mkdir(parents=True, exist_ok=True)
-    with open(results / "results.csv", "a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([row] if file.tell() else [FIELDS, row])
-
-
-def best_rate(rows: list[dict], name: str, method: str) -> float | None:
-    """The rate with the best validation mIoU at seed 0 of the runs where it is chosen."""
-    where = choose_at(name, method)
-    first = [r for r in rows if (r["setting"], r["method"]) == where and r["seed"] == "0"]
-    best = max(first, key=lambda row: float(row["validation miou"]), default=None)
-    return best and float(best["lr"])
-
-
-def choose_at(name: str, method: str) -> tuple[str, str]:
-    """Setting and method whose runs choose the rate. An ablation takes that of ClassMix + ReCo."""
-    setting = name if SETTINGS[name].rates else "camvid, 20 labels"
-    return setting, method if method in METHODS else "ClassMix + ReCo"
-
-
-def chosen_runs(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """The runs of each (setting, method) of the table at the chosen rate, by seed."""
-    chosen = {}
-    for pair in [(name, method) for name in SETTINGS for method in SETTINGS[name].methods]:
-        rate = best_rate(rows, *pair)
-        runs = [r for r in rows if (r["setting"], r["method"]) == pair and float(r["lr"]) == rate]
-        if runs:
-            chosen[pair] = sorted(runs, key=lambda row: int(row["seed"]))
-    return chosen
-
-
 # ----------------------------------------------------------------------------------------- script
 def parse_options() -> Namespace:
-    parser = Parser(description=__doc__, formatter_class=Formatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     what = "data sets (street, camvid, handwriting), settings, or methods"
     add("--only", nargs="+", default=["street"], metavar="TEXT", help=what)
     add("--seeds", nargs="+", type=natural, default=[0, 1, 2], metavar="N", help="of each method")
     add("--results", type=Path, default=RUNS, metavar="DIR", help="for CSV, tables and figures")
     add("--jobs", type=positive, default=os.cpu_count(), help="runs at a time, one thread each")
-    add("--data-path", default=CAMVID_PATH, metavar="DIR", help="where CamVid lies")
-    what = "ImageNet weights for CamVid's backbone, from examples/lite_weights.py"
-    add("--backbone-weights", default=CAMVID_WEIGHTS, metavar="FILE", help=what)
     return parser.parse_args()
 
 
@@ -189,22 +145,16 @@ def main() -> None:
     pairs = [(name, method) for name in SETTINGS for method in SETTINGS[name].methods]
     wanted = [(n, m) for n, m in pairs if {n.split(",")[0], n, m} & set(args.only)]
     need(wanted, f"--only {' '.join(args.only)}: fits none of {'; '.join(SETTINGS)}")
-    digits = any(DIGITS_PATH in SETTINGS[name].options for name, _ in wanted)
-    if digits and not Path(DIGITS_PATH).exists():
-        run_script("examples/handwriting.py", DIGITS_PATH)
     tuned = dict.fromkeys(choose_at(*pair) for pair in wanted)
     run_missing(args, [(*pair, rate, 0) for pair in tuned for rate in SETTINGS[pair[0]].rates])
-    rows = read_rows(args.results)
-    rates = {pair: best_rate(rows, *pair) for pair in wanted}
+    rows = results.read_rows(args.results)
+    rates = {pair: results.best_rate(rows, choose_at(*pair)) for pair in wanted}
     run_missing(args, [(*pair, rates[pair], seed) for seed in args.seeds for pair in wanted])
-    chosen = chosen_runs(read_rows(args.results))
+    rows = results.read_rows(args.results)
+    chosen = results.chosen_runs(rows, {pair: choose_at(*pair) for pair in pairs})
     folders = {pair: folder_of(*pair, float(runs[0]["lr"]), 0) for pair, runs in chosen.items()}
-    figures.report(chosen, folders, args.results, args.data_path)
+    results.report(chosen, folders, args.results)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"experiments.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch(main)

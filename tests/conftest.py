@@ -30,3 +30,16 @@ def script(monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     return call
+
+
+# The slow files come first, so that processes that share the files (pytest -n) end together.
+SLOW = ("test_resume", "test_train", "test_processes", "test_bad_input", "test_evaluate")
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would order by number of tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in SLOW)

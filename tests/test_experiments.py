@@ -4,9 +4,10 @@ import pytest
 from PIL import Image
 
 import experiments
-import figures
+import results
 from errors import UserError
-from experiments import FIELDS, Setting
+from experiments import Setting
+from results import FIELDS
 
 RECO, NAME = "ClassMix + ReCo", "street, 20 labels"
 TINY = "--channels 16 --low-channels 8 --rep-dim 8 --crop-size 48 --batch-size 2 --num-labeled 2"
@@ -39,8 +40,13 @@ ROWS = [
 ]
 
 
+def chosen_runs() -> dict:
+    pairs = [(n, m) for n, setting in experiments.SETTINGS.items() for m in setting.methods]
+    return results.chosen_runs(ROWS, {pair: experiments.choose_at(*pair) for pair in pairs})
+
+
 def test_the_rate_is_chosen_on_validation_images_at_seed_0():
-    chosen = experiments.chosen_runs(ROWS)
+    chosen = chosen_runs()
     assert [(r["lr"], r["seed"]) for r in chosen[NAME, RECO]] == [("0.2", s) for s in "012"]
     ablation = chosen["camvid, 20 labels", "random queries, active keys"]
     assert [row["test miou"] for row in ablation] == ["0.33"]  # at the rate of ClassMix + ReCo
@@ -50,7 +56,7 @@ def test_the_rate_is_chosen_on_validation_images_at_seed_0():
 
 
 def test_tables_have_mean_and_range_and_say_how_many_seeds():
-    lines = figures.make_tables(experiments.chosen_runs(ROWS)).splitlines()
+    lines = results.make_tables(chosen_runs()).splitlines()
     assert "|  | ClassMix | ClassMix + ReCo | random queries, active keys |" in lines
     assert f"| {NAME} | 45.0 (45.0 to 45.0), n = 1 | 54.0 (52.0 to 56.0) |  |" in lines
     cells = "| 54.0 (52.0 to 56.0) | 20.0 (20.0 to 20.0) | 2 |"
@@ -59,15 +65,15 @@ def test_tables_have_mean_and_range_and_say_how_many_seeds():
 
 def test_rows_are_written_and_read_as_they_are(tmp_path):
     for row in ROWS:
-        experiments.add_row(tmp_path, row.values())
-    assert experiments.read_rows(tmp_path) == ROWS
-    assert experiments.read_rows(tmp_path / "nothing") == []
+        results.add_row(tmp_path, row.values())
+    assert results.read_rows(tmp_path) == ROWS
+    assert results.read_rows(tmp_path / "nothing") == []
 
 
 def test_curves_are_grouped_by_setting_method_and_step():
-    chosen = experiments.chosen_runs(ROWS)
-    assert figures.curves(chosen)[NAME]["ClassMix"] == {250: [20.0], 500: [40.0]}
-    assert figures.label_curve(chosen) == {RECO: {5: [21.0], 20: [31.0]}}
+    chosen = chosen_runs()
+    assert results.curves(chosen)[NAME]["ClassMix"] == {250: [20.0], 500: [40.0]}
+    assert results.label_curve(chosen) == {RECO: {5: [21.0], 20: [31.0]}}
 
 
 def test_command_lines_name_what_decides_the_result():
@@ -87,7 +93,7 @@ def test_a_run_is_made_once_and_reported(tmp_path, monkeypatch):
     command = ["experiments.py", "--results", str(tmp_path), "--seeds", "0"]
     monkeypatch.setattr("sys.argv", command)
     experiments.main()
-    (row,) = experiments.read_rows(tmp_path)
+    (row,) = results.read_rows(tmp_path)
     assert row["curve"].split(":")[0] == "2" and 0 < float(row["test miou"]) < 1
     assert "--iterations 2" in row["arguments"] and str(tmp_path) not in row["arguments"]
     mean = f"{100 * float(row['test miou']):.1f}"

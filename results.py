@@ -1,8 +1,9 @@
-"""The tables and figures of experiments.py: what follows from results.csv and the trained networks.
+"""results.csv of experiments.py, and what follows from it: the chosen runs, tables and figures.
 
-`chosen` is, throughout, {(setting, method): the lines of results.csv, a dict each, by seed}.
+A line of the CSV is a run; `chosen` is, throughout, {(setting, method): its lines, a dict each}.
 """
 
+import csv
 import statistics
 from pathlib import Path
 
@@ -17,15 +18,50 @@ from files import write
 from pictures import paint, spread_indices
 
 matplotlib.use("agg")  # no display is needed
+FIELDS = ["setting", "method", "lr", "seed", "validation miou", "test miou", "test boundary iou"]
+FIELDS += ["seconds", "curve", "arguments", "commit"]
 PICTURES = {"street, 20 labels": "streets.png", "camvid, 20 labels": "camvid.png"}
 ABLATED = "queries"  # in the names of the methods that are ablations
 
 
-def report(chosen: dict, runs: dict, folder: Path, data_path: str) -> None:
+# -------------------------------------------------------------------------------------- the CSV
+def read_rows(results: Path) -> list[dict]:
+    file = results / "results.csv"
+    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+
+
+def add_row(results: Path, row: list) -> None:
+    results.mkdir(parents=True, exist_ok=True)
+    with open(results / "results.csv", "a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([row] if file.tell() else [FIELDS, row])
+
+
+def best_rate(rows: list[dict], where: tuple[str, str]) -> float | None:
+    """The rate with the best validation mIoU at seed 0 of a (setting, method)."""
+    first = [r for r in rows if (r["setting"], r["method"]) == where and r["seed"] == "0"]
+    best = max(first, key=lambda row: float(row["validation miou"]), default=None)
+    return best and float(best["lr"])
+
+
+def chosen_runs(rows: list[dict], pairs: dict[tuple, tuple]) -> dict[tuple, list[dict]]:
+    """The runs of each (setting, method) of `pairs` at its rate, by seed; the rate is chosen at
+    the (setting, method) that `pairs` gives for it."""
+    chosen = {}
+    for pair, where in pairs.items():
+        rate = best_rate(rows, where)
+        runs = [r for r in rows if (r["setting"], r["method"]) == pair and float(r["lr"]) == rate]
+        if runs:
+            chosen[pair] = sorted(runs, key=lambda row: int(row["seed"]))
+    return chosen
+
+
+# ----------------------------------------------------------------------------------- the report
+def report(chosen: dict, runs: dict, folder: Path) -> None:
     """Write tables.md (printed, too), curves.png, labels.png and pictures of predictions.
 
     runs: {(setting, method): the folder of the run of seed 0}; pictures are drawn of those that
-    are here. data_path: where CamVid lies."""
+    are here."""
     tables = make_tables(chosen)
     write(folder / "tables.md", lambda file: file.write(f"{tables}\n".encode()))
     print(tables)
@@ -37,7 +73,7 @@ def report(chosen: dict, runs: dict, folder: Path, data_path: str) -> None:
         here = {m: run for (n, m), run in runs.items() if n == name and (n, m) in methods}
         here = {m: run for m, run in here.items() if (run / "model.safetensors").exists()}
         if here:
-            draw_rows(predict_scenes(here, data_path), folder / file)
+            draw_rows(predict_scenes(here), folder / file)
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -129,12 +165,11 @@ def draw_label_curve(bands: dict[str, dict], file: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- pictures
-def predict_scenes(runs: dict[str, Path], data_path: str) -> dict[str, list[np.ndarray]]:
+def predict_scenes(runs: dict[str, Path]) -> dict[str, list[np.ndarray]]:
     """Six test images, their truth and the masks of the networks {method: folder}, in colours."""
     networks = {method: models.load(run) for method, run in runs.items()}
-    first = next(iter(networks.values()))
-    dataset = first.config["arguments"]["dataset"]
-    source = load_source(dataset, None if dataset == "street" else data_path)
+    arguments = next(iter(networks.values())).config["arguments"]
+    source = load_source(arguments["dataset"], arguments["data_path"])
     samples = [source.test[i] for i in spread_indices(len(source.test), 6)]
     pairs = [source.read(sample) for sample in samples]
     rows = {"image": [image for image, _ in pairs]}
