@@ -15,7 +15,7 @@ from huggingface_hub import (
 from errors import UserError
 
 FILES = ["config.json", "model.safetensors"]
-LOCAL = {"data_path", "out_dir", "cache_dir", "labeled_list", "init_from", "backbone_weights"}
+LOCAL = {"data_path", "out_dir", "cache_dir", "init_from", "backbone_weights"}
 
 
 def is_hub_name(name: str) -> bool:
@@ -49,14 +49,18 @@ def fetch(name: str) -> Path:
 def public_config(config: dict) -> dict:
     """config.json without the paths of the machine that trained."""
     arguments = {k: v for k, v in config["arguments"].items() if k not in LOCAL}
+    if arguments.get("labeled_list"):
+        arguments["labeled_list"] = Path(arguments["labeled_list"]).name
     return {**config, "arguments": arguments}
 
 
 def describe_labels(arguments: dict) -> str:
     if arguments.get("label_ratio"):
         return f"partial labels ({arguments['label_ratio']}) on every image"
+    if arguments.get("labeled_list"):
+        return f"the images of {Path(arguments['labeled_list']).name}"
     number = arguments.get("num_labeled")
-    return f"{number} labelled images" if number else "every label there is, or a list of them"
+    return f"{number} labelled images" if number else "every label of the data set"
 
 
 def model_card(config: dict, miou: float | None, license: str | None) -> ModelCard:

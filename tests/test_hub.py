@@ -57,6 +57,19 @@ def test_a_name_on_the_hub_goes_where_a_folder_goes(run, script, tmp_path, monke
     assert (tmp_path / "masks" / "photo.png").exists()
 
 
+def test_the_labels_of_a_card():
+    described = {
+        "4 labelled images": {"num_labeled": 4},
+        "every label of the data set": {"num_labeled": 0},
+        "the images of split.txt": {"num_labeled": 0, "labeled_list": "/home/me/split.txt"},
+        "partial labels (p1) on every image": {"label_ratio": "p1", "num_labeled": 0},
+    }
+    for text, arguments in described.items():
+        assert hub.describe_labels(arguments) == text
+        public = hub.public_config({"arguments": arguments})["arguments"]
+        assert "/home" not in str(public) and hub.describe_labels(public) == text
+
+
 def test_names_and_folders_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
