@@ -216,7 +216,7 @@ def load_folder(path: Path, max_size: int | None = None) -> Source:
     colours = None
     if palette:
         pairs = [*zip(palette, range(len(classes)), strict=True), *((c, IGNORE) for c in void)]
-        colours = {65536 * red + 256 * green + blue: i for (red, green, blue), i in pairs}
+        colours = {files.pack_colour(*colour): i for colour, i in pairs}
         need(len(colours) == len(pairs), f"{file}: gives two entries the same colour")
     splits = layouts.list_folder(path)
     first_label = next(sample.label for sample in splits["train"] if sample.label)

@@ -83,7 +83,7 @@ def read_label(
     table   uint8 [256]: value on disk -> class id, IGNORE, or OUTSIDE for a value that is no class
     size    (H, W) on disk of the image that it belongs to, which the label must share
     origin  what the message on a wrong value says of the allowed ones, e.g. where they are named
-    colours 65536 R + 256 G + B -> class id or IGNORE; RGB and palette PNGs are read by these
+    colours pack_colour(R, G, B) -> class id or IGNORE; RGB and palette PNGs are read by these
     Raises UserError that names the file, the value and the allowed range.
     """
     image, stored = open_image(path)
@@ -114,13 +114,18 @@ def read_label(
     return label
 
 
+def pack_colour(red, green, blue):
+    """A colour, or arrays of them (int32), as one number."""
+    return 65536 * red + 256 * green + blue
+
+
 def label_by_colour(
     path: str | Path, image: Image.Image, colours: dict[int, int], origin: str
 ) -> np.ndarray:
     """`read_label` of a picture in the colours of the classes. The palette index 255, without a
     colour of its own, is not labelled, as predict.py and a painter's eraser leave it."""
     red, green, blue = np.asarray(image.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
-    packed = 65536 * red + 256 * green + blue
+    packed = pack_colour(red, green, blue)
     known = np.array(sorted(colours))
     ids = np.array([colours[colour] for colour in known.tolist()], np.uint8)
     place = np.searchsorted(known, packed).clip(max=len(known) - 1)
