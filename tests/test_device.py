@@ -1,0 +1,114 @@
+"""The training steps on a GPU that is not there: tensors that say "cuda" and hold no values.
+
+An operation that brings tensors of two devices together raises, and so does whatever would read a
+value (.item(), nonzero, a boolean mask, an if): on a GPU those make the host wait. Only backward is
+left out; it needs the real device."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import train_semi
+import train_supervised
+from models import DeepLabV3Plus, MeanTeacher
+
+SIZE, CLASSES = 32, 5
+SMALL = ["--channels", "8", "--low-channels", "8", "--rep-dim", "8"]
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # the copy does
+
+
+def no_values():
+    mode = FakeTensorMode()
+    mode.__deepcopy__ = lambda memo: mode  # a copied tensor, the teacher's, is of the same mode
+    return mode
+
+
+def accelerator(device="cuda"):
+    return SimpleNamespace(
+        device=torch.device(device),
+        autocast=nullcontext,
+        backward=lambda loss: None,
+        reduce=lambda count, how: count,
+        unwrap_model=lambda model, keep_torch_compile: model,
+        optimizer_step_was_skipped=False,
+    )
+
+
+def batch(size=SIZE):
+    """On the host, as a loader gives it."""
+    images = torch.empty(2, 3, size, size, dtype=torch.uint8)
+    return images, torch.empty(2, size, size, dtype=torch.uint8)
+
+
+def network(args):
+    with torch.device("cuda"):
+        return DeepLabV3Plus(
+            CLASSES,
+            args.backbone,
+            args.rep_dim if args.reco else None,
+            pretrained=False,
+            channels=args.channels,
+            low_channels=args.low_channels,
+            aspp_rates=args.aspp_rates,
+        )
+
+
+def on_the_device(losses, shown):
+    for value in (*losses.values(), *shown.values()):
+        assert not isinstance(value, torch.Tensor) or value.device.type == "cuda"
+    assert all(loss.shape == () for loss in losses.values())
+
+
+OPTIONS = {
+    "classmix": [],
+    "classmix + ReCo": ["--reco"],
+    "cutmix": ["--mixing-strategy", "cutmix", "--reco"],
+    "cutout": ["--mixing-strategy", "cutout", "--reco"],
+    "independent draws": ["--reco", "--reco-sampling", "independent"],
+    "random queries and keys": ["--reco", "--reco-random-queries", "--reco-random-keys"],
+    "partial labels": ["--reco", "--label-ratio", "p0"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_semi_supervised_step_waits_for_nothing(name):
+    args = train_semi.parse_options([*SMALL, *OPTIONS[name]])
+    args.partial, args.crop_size = args.label_ratio is not None, [SIZE, SIZE]
+    with no_values():
+        student = network(args)
+        teacher = MeanTeacher(student)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        losses, shown = train_semi.train_step(
+            batch(), batch(2 * SIZE), student, teacher, optimizer, accelerator(), args, draws()
+        )
+        on_the_device(losses, shown)
+        with pytest.raises(DataDependentOutputException):
+            losses["loss/total"].item()  # the mode does what it is used for
+    assert teacher.step == 1 and shown["images"].shape == (4, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("options", [[], ["--reco"], ["--reco", "--label-ratio", "p1"]])
+def test_a_supervised_step_waits_for_nothing(options):
+    args = train_supervised.parse_options([*SMALL, *options])
+    with no_values():
+        student = network(args)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        step = train_supervised.train_step(
+            batch(), student, optimizer, accelerator(), args, draws()
+        )
+        on_the_device(*step)
+
+
+def test_a_mistake_is_found():
+    """What these tests are for: images that stayed on the host."""
+    args = train_supervised.parse_options(SMALL)
+    with no_values(), pytest.raises(RuntimeError, match="cuda"):
+        train_supervised.train_step(batch(), network(args), None, accelerator("cpu"), args, draws())
+
+
+def draws():
+    return np.random.default_rng(0)
