@@ -3,6 +3,7 @@ pretrained weights, from the hub or from a file."""
 
 import contextlib
 import difflib
+import functools
 import logging
 from pathlib import Path
 
@@ -34,20 +35,21 @@ REFUSALS = (
 def build_backbone(
     name: str, pretrained: bool, output_stride: int, decoder_stride: int, weights: str | None = None
 ) -> tuple[nn.Module, int, int, int]:
-    """A timm feature extractor that returns [low-level, deepest] features, their widths, and the
-    patch size (0 for a pyramid).
+    """A timm feature extractor that returns [low-level, deepest] features, their widths, and what
+    the sides of its input must be multiples of (0: any size will do; a ViT's patch).
 
     pretrained  load timm's weights from the hub, or those of the file `weights`
     Raises UserError for a backbone that cannot work or weights that cannot be had."""
     check_name(name)
     options, low, high, patch = probe_features(name, output_stride, decoder_stride)
+    multiple = patch or needed_multiple(name, options.get("output_stride"))
     if not pretrained:
-        return timm.create_model(name, features_only=True, **options), low, high, patch
+        return timm.create_model(name, features_only=True, **options), low, high, multiple
     if weights:
         state, origin = read_weight_file(Path(weights)), f"--backbone-weights {weights}"
         backbone = timm.create_model(name, features_only=True, **options)
         load_features(backbone, name, state, origin)
-        return backbone, low, high, patch
+        return backbone, low, high, multiple
     need(
         timm.models.is_model_pretrained(name),
         f"--backbone {name}: timm has no pretrained weights for it; train it from random weights "
@@ -65,7 +67,7 @@ def build_backbone(
             "Hugging Face cache), give a file with --backbone-weights, or train from random "
             "weights with --no-pretrained"
         ) from error
-    return backbone, low, high, patch
+    return backbone, low, high, multiple
 
 
 def check_name(name: str) -> None:
@@ -91,31 +93,58 @@ def probe_features(
         f"--backbone {name} at output stride {output_stride} yields no feature pyramid that "
         f"DeepLabV3+ can use; {WORKING}"
     )
-    try:
-        options = {"output_stride": output_stride}
-        probe = timm.create_model(name, features_only=True, **options)
-        patch = 0
-    except REFUSALS:  # ViTs know no output stride: their blocks have the stride of the patch
-        try:
-            options = {"dynamic_img_size": True}
-            probe = timm.create_model(name, features_only=True, **options)
-            patch = probe.feature_info.reduction()[-1]
-        except REFUSALS:
-            raise UserError(refused) from None
+    # ViTs know no output stride: their blocks have the stride of the patch. Other networks that do
+    # not know it have one of 32
+    choices = [{"output_stride": output_stride}, {"dynamic_img_size": True}]
+    choices += [{}] if output_stride == 32 else []
+    options, probe = first_that_builds(name, choices)
+    need(probe, refused)
     strides, widths = probe.feature_info.reduction(), probe.feature_info.channels()
+    patch = strides[-1] if "dynamic_img_size" in options else 0
     if patch:
         need(set(strides) == {patch}, refused)  # else a hierarchical transformer such as Swin
         depth = len(getattr(probe, "model", probe).blocks)
         options["out_indices"] = (depth // 4, depth - 1)  # an early block keeps the detail
         return options, widths[0], widths[-1], patch
+    promised = [(1, width, 64 // s, 64 // s) for width, s in zip(widths, strides, strict=True)]
+    need(feature_shapes(name, options.get("output_stride"), 64) == promised, refused)
+    need(strides[-1] <= output_stride, refused)
     need(
         decoder_stride in strides,
         f"--backbone {name} has no features at --decoder-stride {decoder_stride}; it has "
         f"{sorted(set(strides))}",
     )
     low = strides.index(decoder_stride)
-    options["out_indices"] = (low, len(strides) - 1)
+    indices = probe.feature_info.out_indices
+    options["out_indices"] = (indices[low], indices[-1])
     return options, widths[low], widths[-1], 0
+
+
+def first_that_builds(name: str, choices: list[dict]) -> tuple[dict, nn.Module | None]:
+    """The first options with which timm builds the feature extractor, and it; None if none will."""
+    for options in choices:
+        try:
+            return options, timm.create_model(name, features_only=True, **options)
+        except REFUSALS:
+            continue
+    return {}, None
+
+
+def needed_multiple(name: str, output_stride: int | None) -> int:
+    """32 for a network whose stages only fit together on such sides, as HRNet; else 0."""
+    return 0 if feature_shapes(name, output_stride, 72) else 32
+
+
+@functools.cache
+def feature_shapes(name: str, output_stride: int | None, side: int) -> list[tuple] | None:
+    """Of its features of a square image, without computing them; None where it cannot take it."""
+    options = {"output_stride": output_stride} if output_stride else {}
+    with torch.device("meta"):
+        try:
+            network = timm.create_model(name, features_only=True, **options).eval()
+            return [tuple(x.shape) for x in network(torch.empty(1, 3, side, side))]
+        except Exception:  # whatever its code raises
+            return None
 
 
 def vit_patch(name: str, output_stride: int, decoder_stride: int) -> int:

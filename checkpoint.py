@@ -26,8 +26,9 @@ from files import write
 def default_folder(args: argparse.Namespace) -> Path:
     """runs/<dataset>-<method>-<labels>-seed<seed>"""
     labels = args.label_ratio or args.num_labeled or "all"
-    if args.labeled_list:
-        labels = Path(args.labeled_list).stem
+    if args.labeled_list:  # published splits lie in splits/92/labeled.txt, splits/183/labeled.txt
+        file = Path(args.labeled_list)
+        labels = file.parent.name if file.stem == "labeled" and file.parent.name else file.stem
     return Path("runs") / f"{args.dataset}-{args.method}-{labels}-seed{args.seed}"
 
 

@@ -45,7 +45,7 @@ MAIN = ["supervised", "ClassMix", "ClassMix + ReCo"]
 # what docs/results.md says to download, or to write, first
 CAMVID = "--dataset camvid --data-path dataset/CamVid --backbone-weights dataset/lite0.safetensors"
 RATES = (0.01, 0.02, 0.04)
-DIGITS = "--dataset folder --data-path dataset/handwriting --recipe street --iterations 2000"
+DIGITS = "--dataset folder --data-path dataset/handwriting --recipe street --channels 64"
 
 
 class Setting(NamedTuple):
@@ -66,7 +66,9 @@ SETTINGS = {
     "camvid, 367 labels": Setting(f"{CAMVID} --num-labeled 0", (), ["supervised + ReCo", *MAIN]),
     "camvid, p0": Setting(f"{CAMVID} --label-ratio p0", RATES),
     "handwriting, 60 labels": Setting(
-        f"{DIGITS} --num-labeled 60", (0.2, 0.4), semi_options="--warmup-iterations 600"
+        f"{DIGITS} --batch-size 8 --iterations 2000 --val-interval 500 --num-labeled 60",
+        (0.2, 0.4),
+        semi_options="--warmup-iterations 600",
     ),
 }
 LOCK = threading.Lock()

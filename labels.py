@@ -232,19 +232,30 @@ def check_folder(source: Source, quiet: bool = True) -> bool:
     samples = source.train + source.val
     entries = dict(zip(samples, label_index(source, samples, quiet), strict=True))
     labelled = {sample: entry for sample, entry in entries.items() if sample.label}
+    for part in (source.train, source.val):
+        check_classes({s: labelled[s] for s in part if s.label})
     present = set().union(*(entry["classes"] for entry in labelled.values()))
     absent = [name for c, name in enumerate(source.classes) if c not in present]
-    void = next((sample for sample, entry in labelled.items() if entry["share"] < 1), None)
-    if present == {0} and void:
-        raise UserError(
-            f"{void.label}: like all other labels it holds nothing but 0 and 255, as a 0/255 mask; "
-            "255 means not labelled, so use 0/1"
-        )
     if absent and not quiet:
         more = " ..." if len(absent) > 5 else ""
         note(f"no label holds {', '.join(absent[:5])}{more}, which classes.txt names")
     sparse = [entries[s]["share"] < 0.5 for s in source.train if s.label]
     return bool(np.mean(sparse) >= 0.25)
+
+
+def check_classes(labelled: dict[Sample, dict]) -> None:
+    """UserError where the labels of one part (training or validation) hold nothing to learn."""
+    present = set().union(*(entry["classes"] for entry in labelled.values()))
+    void = next((sample for sample, entry in labelled.items() if entry["share"] < 1), None)
+    if void and not present:
+        raise UserError(
+            f"{void.label}: like all other labels of its folder it is 255 alone, not labelled"
+        )
+    if void and present == {0}:
+        raise UserError(
+            f"{void.label}: like all other labels of its folder it holds nothing but 0 and 255, as "
+            "a 0/255 mask; 255 means not labelled, so use 0/1"
+        )
 
 
 class Division(NamedTuple):

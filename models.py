@@ -34,16 +34,17 @@ class DeepLabV3Plus(nn.Module):
 
     num_classes      channels of the logits
     backbone         any timm name that yields a feature pyramid (resnet, regnet, efficientnet,
-                     mobilenet, convnext ...) or a ViT of one stride (vit, deit, DINOv2, DINOv3)
+                     mobilenet, convnext ...) or a ViT of one stride (vit, deit, DINOv2, DINOv3);
+                     those without an output stride, such as densenet, take 32
     rep_dim          channels of the representation; None builds no representation head
     pretrained       load timm's weights (UserError where they cannot be had)
+    mean, std        per channel, of the images in 0 .. 1; None: those the backbone was trained with
     output_stride    of the deepest feature map (16 in the paper); ViTs keep their patch size
     decoder_stride   of the low-level features and so of both outputs (4 in the paper; 2 suits
                      images of 64 pixels)
     channels         width of the ASPP and of both heads
     low_channels     width of the projected low-level features
     aspp_rates       atrous rates of the three 3x3 branches
-    mean, std        per channel, of the images in 0 .. 1; None: those the backbone was trained with
     backbone_weights a file to load the pretrained weights from
     """
 
@@ -53,17 +54,17 @@ class DeepLabV3Plus(nn.Module):
         backbone: str = "resnet101",
         rep_dim: int | None = 256,
         pretrained: bool = True,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
         output_stride: int = 16,
         decoder_stride: int = 4,
         channels: int = 256,
         low_channels: int = 48,
         aspp_rates: tuple[int, ...] = (6, 12, 18),
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
         backbone_weights: str | None = None,
     ):
         super().__init__()
-        self.backbone, low_width, high_width, self.patch = build_backbone(
+        self.backbone, low_width, high_width, self.multiple = build_backbone(
             backbone, pretrained, output_stride, decoder_stride, backbone_weights
         )
         self.decoder_stride, self.frozen = decoder_stride, False
@@ -74,18 +75,17 @@ class DeepLabV3Plus(nn.Module):
         for name, values, own in zip(
             ("mean", "std"), (mean, std), input_statistics(backbone), strict=True
         ):
-            constant = torch.tensor(own if values is None else values).view(1, -1, 1, 1)
-            self.register_buffer(name, constant, persistent=False)
+            constant = torch.as_tensor(own if values is None else values, dtype=torch.float32)
+            self.register_buffer(name, constant.view(1, -1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x: [B, 3, H, W] images in 0 .. 1 -> logits [B, C, h, w] and rep [B, D, h, w] (None
         without the head), h = ceil(H / decoder_stride)."""
         size = [math.ceil(n / self.decoder_stride) for n in x.shape[-2:]]
         x = (x - self.mean) / self.std
-        if self.patch:
-            # one-stride features: the patches must tile the image, so it is stretched to the next
-            # multiple
-            x = upsample(x, [math.ceil(n / self.patch) * self.patch for n in x.shape[-2:]])
+        if self.multiple:
+            # the patches of a ViT must tile the image, or the stages of a pyramid meet: stretched
+            x = upsample(x, [math.ceil(n / self.multiple) * self.multiple for n in x.shape[-2:]])
         if self.frozen:
             with torch.no_grad():
                 features = self.backbone(x)
@@ -282,6 +282,10 @@ def load(name: str | Path) -> Segmenter:
 def as_picture(image) -> Tensor:
     """Whatever `predict` takes as one image -> uint8 RGB [3, H, W]."""
     if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.dim() != 3:
+            raise ValueError(
+                f"an image tensor must be uint8 [3, H, W], got {image.dtype} {list(image.shape)}"
+            )
         return image
     if isinstance(image, (str, Path)):
         return read_image(image)

@@ -123,7 +123,7 @@ def add_data_options(add) -> None:
         "--num-workers",
         type=natural,
         help="processes that read images, for each loader (street: 0, others: the cores that this "
-        "process has, at most 8)",
+        "process has, half of them in train_semi.py with its two loaders; at most 8)",
     )
     add(
         "--cache-dir",
@@ -172,7 +172,7 @@ def add_model_options(add) -> None:
     add(
         "--channels",
         type=positive,
-        help="width of the ASPP and the heads (street, camvid: 64, others: 256)",
+        help="width of the ASPP and the heads (street: 32, camvid: 64, others: 256)",
     )
     add(
         "--low-channels",
@@ -241,13 +241,13 @@ def add_optimisation_options(add) -> None:
     add(
         "--iterations",
         type=positive,
-        help="training steps (street: 3000, camvid: 2000, others: 40000)",
+        help="training steps (street: 3600, camvid: 2000, others: 40000)",
     )
     add(
         "--batch-size",
         type=positive,
         help="labelled images per step and process; train_semi.py takes as many unlabelled ones "
-        "besides (cityscapes 2, camvid 4, sun 5, street and folder 8, pascal 10; "
+        "besides (cityscapes 2, street and camvid 4, sun 5, folder 8, pascal 10; "
         "train_supervised.py twice that)",
     )
     add(
@@ -290,7 +290,9 @@ def add_run_options(add) -> None:
         help="go on with the run in --out-dir (default: the newest of the default name); options "
         "not given are the run's",
     )
-    add("--val-interval", type=positive, help="steps between validations")
+    add(
+        "--val-interval", type=positive, help="steps between validations (street: 600, others: 500)"
+    )
     add(
         "--save-interval",
         type=positive,

@@ -194,9 +194,16 @@ def rename(file: str, name: str):
     return lambda root: (root / file).rename((root / file).with_name(name))
 
 
-def paint_all_0_255(root: Path) -> None:
-    for path in root.rglob("labels/*/*.png"):
-        save(path, np.where(raw(path) > 0, 255, 0).astype(np.uint8))
+def paint_0_255(pattern: str):
+    def change(root: Path) -> None:
+        for path in root.rglob(pattern):
+            save(path, np.where(raw(path) > 0, 255, 0).astype(np.uint8))
+
+    return change
+
+
+def paint_void(pattern: str):
+    return lambda root: [save(p, np.full_like(raw(p), 255)) for p in root.rglob(pattern)]
 
 
 GREY, WIDE = np.zeros((48, 60), np.uint8), np.full((48, 64), 300, np.uint16)
@@ -248,7 +255,11 @@ OWN = {  # name: (what is done to the tree, what the one line must say)
         paint("labels/train/train_000.png", np.zeros((48, 64, 3), np.uint8)),
         *("train_000.png", "RGB", "index or palette"),
     ),
-    "0/255 mask": (paint_all_0_255, "labels/", "0/255 mask", "use 0/1"),
+    "0/255 mask": (paint_0_255("labels/*/*.png"), "labels/", "0/255 mask", "use 0/1"),
+    "0/255 mask to train": (paint_0_255("labels/train/*.png"), "labels/train", "use 0/1"),
+    "0/255 mask to validate": (paint_0_255("labels/val/*.png"), "labels/val", "use 0/1"),
+    "nothing labelled": (paint_void("labels/train/*.png"), "labels/train", "not labelled"),
+    "nothing to validate": (paint_void("labels/val/*.png"), "labels/val", "not labelled"),
     "one 0/128 mask": (
         paint("labels/train/train_001.png", np.full((48, 64), 128, np.uint8)),
         *("train_001.png", "value 128"),

@@ -138,13 +138,30 @@ def test_dino(backbone):
 
 @pytest.mark.parametrize(
     "backbone",
-    ["swin_tiny_patch4_window7_224", "hrnet_w18_small", "vgg11", "resnot50", "resnet101.nonsense"],
+    [
+        "swin_tiny_patch4_window7_224",
+        "hrnet_w18_small",
+        "densenet121",
+        "vgg11",
+        "resnot50",
+        "resnet101.nonsense",
+    ],
 )
 def test_backbones_that_cannot_work_are_refused_in_one_line(backbone):
     with pytest.raises(UserError) as error:
         DeepLabV3Plus(2, backbone, pretrained=False)
     assert backbone in str(error.value) and "\n" not in str(error.value)
     assert "resnet" in str(error.value)
+
+
+@pytest.mark.parametrize("backbone", ["densenet121", "hrnet_w18_small", "dla34"])
+def test_backbones_without_an_output_stride_take_32(backbone):
+    """The last two put their stages together, which only fit where 32 divides the sides."""
+    shape = dict(rep_dim=8, pretrained=False, channels=8, low_channels=8)
+    model = DeepLabV3Plus(4, backbone, output_stride=32, **shape).eval()
+    with torch.no_grad():
+        logits, rep = model(torch.rand(1, 3, 65, 97))
+    assert logits.shape == (1, 4, 17, 25) and rep.shape == (1, 8, 17, 25)
 
 
 def test_pretrained_weights_offline_are_one_line():

@@ -250,6 +250,9 @@ def test_the_network_from_python(street, script, tmp_path):
 
     with pytest.raises(ValueError, match="uint8"):
         model.predict(np.zeros((4, 4, 3), np.float32))
+    for tensor in (torch.zeros(3, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="uint8"):
+            model.predict(tensor)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UserError, match=r"text\.png"):
         model.predict(tmp_path / "text.png")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -110,3 +111,13 @@ def test_adamw_resumes_to_the_bit(script, words, tmp_path, monkeypatch):
         assert all(torch.equal(value, cut[key][name]) for name, value in entries.items())
     whole, cut = (state["model"] for state in states)
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("file", "labels"),
+    [("splits/92/labeled.txt", "92"), ("mine.txt", "mine"), ("labeled.txt", "labeled")],
+)
+def test_a_published_split_names_the_folder(file, labels):
+    args = SimpleNamespace(dataset="pascal", method="supervised", seed=0, labeled_list=file)
+    args.label_ratio = args.num_labeled = None
+    assert checkpoint.default_folder(args).name == f"pascal-supervised-{labels}-seed0"
