@@ -99,14 +99,21 @@ def new_model(
 
 
 def init_from(model: DeepLabV3Plus, folder: Path, classes: list[str]) -> None:
-    """The weights of a finished run of the same classes (--init-from)."""
+    """The weights of a finished run of the same classes (--init-from). The head of the
+    representation begins at random where the run has none."""
     weights = read_weights(folder / "model.safetensors")
     need(
         read_config(folder)["classes"] == classes,
         f"--init-from {folder}: was trained on other classes than those of this data set",
     )
-    if model.representation is None:
-        weights = {k: v for k, v in weights.items() if not k.startswith("representation.")}
+    ours, theirs = (
+        {key for key in state if key.startswith("representation.")}
+        for state in (model.state_dict(), weights)
+    )
+    if not ours:
+        weights = {key: value for key, value in weights.items() if key not in theirs}
+    elif not theirs:
+        weights |= {key: value for key, value in model.state_dict().items() if key in ours}
     load_weights(model, weights, f"--init-from {folder}")
 
 

@@ -1,5 +1,6 @@
 """The optimiser of a run: its rates, a frozen backbone, AdamW through a stop and a resumption."""
 
+import json
 import os
 import signal
 from types import SimpleNamespace
@@ -111,6 +112,20 @@ def test_adamw_resumes_to_the_bit(script, words, tmp_path, monkeypatch):
         assert all(torch.equal(value, cut[key][name]) for name, value in entries.items())
     whole, cut = (state["model"] for state in states)
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize(("begun", "goes_on"), [(8, None), (None, 8), (8, 8)])
+def test_a_run_goes_on_with_or_without_the_representation(tmp_path, begun, goes_on):
+    shape = dict(pretrained=False, channels=8, low_channels=8)
+    first, second = (DeepLabV3Plus(3, "test_resnet", n, **shape) for n in (begun, goes_on))
+    fresh = {k: v.clone() for k, v in second.state_dict().items()}
+    save_file(first.state_dict(), tmp_path / "model.safetensors")
+    config = dict(classes=["a", "b", "c"], palette=[[0, 0, 0]] * 3, crop_size=[32, 32])
+    config |= dict(model={"num_classes": 3}, arguments={"dataset": "folder", "script": "x.py"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run.init_from(second, tmp_path, ["a", "b", "c"])
+    for key, value in second.state_dict().items():
+        assert torch.equal(value, first.state_dict().get(key, fresh[key]))
 
 
 @pytest.mark.parametrize(
