@@ -206,3 +206,13 @@ def test_synchronised_batch_norm_keeps_the_network(monkeypatch):
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(converted(x)[0], plain(x)[0])
+
+
+def test_mean_and_std_follow_pretrained():
+    """As positions, and as arrays of any kind."""
+    mean, std = np.zeros(3), np.full(3, 0.5)
+    model = DeepLabV3Plus(2, "test_resnet", None, False, mean, std, channels=8, low_channels=8)
+    plain = DeepLabV3Plus(2, "test_resnet", None, False, (0, 0, 0), (1, 1, 1), channels=8)
+    assert model.mean.flatten().tolist() == [0, 0, 0] and model.std.dtype == torch.float32
+    assert model.std.flatten().tolist() == [0.5] * 3 and plain.std.flatten().tolist() == [1] * 3
+    assert model.eval()(torch.rand(1, 3, 33, 40))[0].shape == (1, 2, 9, 10)
