@@ -83,7 +83,7 @@ def test_a_run_with_a_frozen_backbone_keeps_its_weights(script, words, tmp_path)
     words += ["--iterations", "2", "--out-dir", str(tmp_path / "run")]
     status, out, err = script(train_semi, "--reco", *words, "--backbone-lr-scale", "0")
     assert status == 0, err
-    assert "adamw, learning rate 5e-05 = 0.0002 x 2/8" in out and "backbone frozen" in out
+    assert "adamw, learning rate 0.0001 = 0.0002 x 2/4" in out and "backbone frozen" in out
     trained = load_file(tmp_path / "run" / "model.safetensors")
     own = {k.removeprefix("backbone.model."): v for k, v in trained.items() if "backbone." in k}
     assert own and all(torch.equal(value, state[key]) for key, value in own.items())
@@ -104,7 +104,7 @@ def test_adamw_resumes_to_the_bit(script, words, tmp_path, monkeypatch):
     status, out, _ = script(train_supervised, *words, "--out-dir", tmp_path / "cut")
     assert status == 128 + signal.SIGTERM and "stopped at step 2 of 4" in out
     status, out, _ = script(train_supervised, "--out-dir", tmp_path / "cut", "--resume")
-    assert status == 0 and "backbone 1.25e-05" in out and len(taken) == 4
+    assert status == 0 and "backbone 2.5e-05" in out and len(taken) == 4
     states = [checkpoint.load_state(tmp_path / name) for name in ("whole", "cut")]
     whole, cut = (dict(state["optimizer"]["state"]) for state in states)
     assert whole.keys() == cut.keys() and len(whole) > 10
