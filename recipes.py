@@ -46,7 +46,7 @@ RECIPES = {
         iterations=2000,
     ),
     # no pretrained weights, 64x64 images: a small network of output stride 8 with a decoder at
-    # stride 2, a higher rate, and a length of five minutes on two cores
+    # stride 2, a higher rate, and a length of under six minutes on two cores
     "street": PAPER
     | dict(
         backbone="test_resnet",
