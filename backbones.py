@@ -98,7 +98,7 @@ def probe_features(
     choices = [{"output_stride": output_stride}, {"dynamic_img_size": True}]
     choices += [{}] if output_stride == 32 else []
     options, probe = first_that_builds(name, choices)
-    need(probe, refused)
+    need(probe is not None, refused)
     strides, widths = probe.feature_info.reduction(), probe.feature_info.channels()
     patch = strides[-1] if "dynamic_img_size" in options else 0
     if patch:
@@ -106,9 +106,8 @@ def probe_features(
         depth = len(getattr(probe, "model", probe).blocks)
         options["out_indices"] = (depth // 4, depth - 1)  # an early block keeps the detail
         return options, widths[0], widths[-1], patch
-    promised = [(1, width, 64 // s, 64 // s) for width, s in zip(widths, strides, strict=True)]
-    need(feature_shapes(name, options.get("output_stride"), 64) == promised, refused)
-    need(strides[-1] <= output_stride, refused)
+    found = feature_widths(name, options.get("output_stride"), 256)
+    need(found == widths and strides[-1] <= output_stride, refused)
     need(
         decoder_stride in strides,
         f"--backbone {name} has no features at --decoder-stride {decoder_stride}; it has "
@@ -132,17 +131,18 @@ def first_that_builds(name: str, choices: list[dict]) -> tuple[dict, nn.Module |
 
 def needed_multiple(name: str, output_stride: int | None) -> int:
     """32 for a network whose stages only fit together on such sides, as HRNet; else 0."""
-    return 0 if feature_shapes(name, output_stride, 72) else 32
+    return 0 if feature_widths(name, output_stride, 264) else 32
 
 
 @functools.cache
-def feature_shapes(name: str, output_stride: int | None, side: int) -> list[tuple] | None:
-    """Of its features of a square image, without computing them; None where it cannot take it."""
+def feature_widths(name: str, output_stride: int | None, side: int) -> list[int] | None:
+    """Channels of its features of a square image, without computing them; None where it cannot take
+    the image."""
     options = {"output_stride": output_stride} if output_stride else {}
     with torch.device("meta"):
         try:
             network = timm.create_model(name, features_only=True, **options).eval()
-            return [tuple(x.shape) for x in network(torch.empty(1, 3, side, side))]
+            return [x.shape[1] for x in network(torch.empty(1, 3, side, side))]
         except Exception:  # whatever its code raises
             return None
 

@@ -191,9 +191,7 @@ def extra_memory(rep, label, prob, valid) -> float:
 
     The allocations of one call as the profiler saw them, in order; on a GPU and on a CPU alike."""
     rep.grad = None
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "6"
-    )  # without the profiler's lines on starts and ends
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without the profiler's own lines
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         reco_loss(rep, label, prob, valid).backward()
