@@ -254,11 +254,12 @@ def contrast(query, keys, temperature):
     the query's length and is taken out."""
     length = query.norm(dim=2, keepdim=True)
     z = query / length.clamp(min=EPS)
-    log_p = (torch.bmm(z, keys.mT) / temperature).log_softmax(2)  # [g, q, 1 + N]
-    loss = -log_p[..., 0]
-    p = log_p.exp()
-    p[..., 0] -= 1
-    grad = torch.bmm(p, keys) / temperature  # [g, q, D]
+    p = torch.bmm(z / temperature, keys.mT)  # [g, q, 1 + N]: large, so in place
+    positive = p[..., :1].clone()
+    highest = p.amax(2, keepdim=True)
+    total = p.sub_(highest).exp_().sum(2, keepdim=True)
+    loss = (highest + total.log() - positive).squeeze(2)
+    grad = (torch.bmm(p, keys) / total - keys[:, :1]) / temperature  # [g, q, D]
     grad = (grad - (grad * z).sum(2, keepdim=True) * z) / length.clamp(min=EPS)
     return loss, torch.where(length > EPS, grad, 0)
 
