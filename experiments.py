@@ -45,7 +45,10 @@ MAIN = ["supervised", "ClassMix", "ClassMix + ReCo"]
 # what docs/results.md says to download, or to write, first
 CAMVID = "--dataset camvid --data-path dataset/CamVid --backbone-weights dataset/lite0.safetensors"
 RATES = (0.01, 0.02, 0.04)
-DIGITS = "--dataset folder --data-path dataset/handwriting --recipe street --channels 64"
+DIGITS = (
+    "--dataset folder --data-path dataset/handwriting --recipe street --channels 64 "
+    "--crop-size 64 --scale 0.8 1.25"
+)
 
 
 class Setting(NamedTuple):

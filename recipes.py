@@ -46,7 +46,8 @@ RECIPES = {
         iterations=2000,
     ),
     # no pretrained weights, 64x64 images: a small network of output stride 8 with a decoder at
-    # stride 2, a higher rate, and a length of under six minutes on two cores
+    # stride 2, a higher rate, small crops (a step takes three quarters of the time of whole
+    # scenes), and a length of five minutes on two cores
     "street": PAPER
     | dict(
         backbone="test_resnet",
@@ -57,12 +58,11 @@ RECIPES = {
         low_channels=24,
         rep_dim=32,
         aspp_rates=[1, 2, 3],
-        crop_size=[64],
-        scale=[0.8, 1.25],
+        crop_size=[48],
         batch_size=4,
         lr=0.2,
-        iterations=3600,
-        val_interval=600,
+        iterations=4400,
+        val_interval=880,
         num_labeled=20,
         num_workers=0,
     ),

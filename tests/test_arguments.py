@@ -13,13 +13,13 @@ def parse(*words: str):
 @pytest.mark.parametrize(
     ("words", "optimizer", "lr", "decay", "scale", "crop"),
     [
-        ("", "sgd", 0.2, 5e-4, 1, [64, 64]),
-        ("--backbone resnet18", "sgd", 0.2, 5e-4, 1, [64, 64]),
-        ("--optimizer adamw", "adamw", 2e-4, 0.01, 1, [64, 64]),
-        ("--backbone test_vit --pretrained", "adamw", 2e-4, 0.01, 1 / 40, [64, 64]),
-        ("--backbone test_vit", "adamw", 2e-4, 0.01, 1, [64, 64]),  # from random weights
-        ("--backbone vit_small_patch14_dinov2", "adamw", 2e-4, 0.01, 1, [70, 70]),
-        ("--backbone test_vit --optimizer sgd --lr 0.1", "sgd", 0.1, 5e-4, 1, [64, 64]),
+        ("", "sgd", 0.2, 5e-4, 1, [48, 48]),
+        ("--backbone resnet18", "sgd", 0.2, 5e-4, 1, [48, 48]),
+        ("--optimizer adamw", "adamw", 2e-4, 0.01, 1, [48, 48]),
+        ("--backbone test_vit --pretrained", "adamw", 2e-4, 0.01, 1 / 40, [48, 48]),
+        ("--backbone test_vit", "adamw", 2e-4, 0.01, 1, [48, 48]),  # from random weights
+        ("--backbone vit_small_patch14_dinov2", "adamw", 2e-4, 0.01, 1, [42, 42]),
+        ("--backbone test_vit --optimizer sgd --lr 0.1", "sgd", 0.1, 5e-4, 1, [48, 48]),
         (
             "--backbone test_vit --pretrained --lr 1e-3 --weight-decay 0 --backbone-lr-scale 0"
             " --crop-size 50",

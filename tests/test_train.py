@@ -275,7 +275,7 @@ def test_going_on_from_a_run(tmp_path):
     (tmp_path / "first" / "config.json").write_text(json.dumps(config))
     args = train_semi.parse_options([*map(str, common[:4]), "--init-from", str(tmp_path / "first")])
     # the recipe of the run, the network too
-    assert args.crop_size == [64, 64] and args.scale == [0.8, 1.25] and args.channels == 16
+    assert args.crop_size == [48, 48] and args.scale == [0.5, 1.5] and args.channels == 16
 
 
 @pytest.mark.parametrize(
