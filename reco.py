@@ -254,12 +254,13 @@ def contrast(query, keys, temperature):
     the query's length and is taken out."""
     length = query.norm(dim=2, keepdim=True)
     z = query / length.clamp(min=EPS)
-    p = torch.bmm(z / temperature, keys.mT)  # [g, q, 1 + N]: large, so in place
-    positive = p[..., :1].clone()
-    highest = p.amax(2, keepdim=True)
-    total = p.sub_(highest).exp_().sum(2, keepdim=True)
+    logits = torch.bmm(z / temperature, keys.mT)  # [g, q, 1 + N]
+    positive = logits[..., :1].clone()
+    highest = logits.amax(2, keepdim=True)
+    exponential = logits.sub_(highest).exp_()  # in place: the one large tensor here
+    total = exponential.sum(2, keepdim=True)  # p = exponential / total
     loss = (highest + total.log() - positive).squeeze(2)
-    grad = (torch.bmm(p, keys) / total - keys[:, :1]) / temperature  # [g, q, D]
+    grad = (torch.bmm(exponential, keys) / total - keys[:, :1]) / temperature  # [g, q, D]
     grad = (grad - (grad * z).sum(2, keepdim=True) * z) / length.clamp(min=EPS)
     return loss, torch.where(length > EPS, grad, 0)
 
