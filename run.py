@@ -47,8 +47,10 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         not (args.reco and args.reco_sampling == "independent") or processes == 1,
         "--reco-sampling independent runs on one process only: its keys are too many to exchange",
     )
-    if device == "cpu" and processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(cores())  # `accelerate launch` allows one thread, plain python all
+    # `accelerate launch` allows one thread where nobody said how many, plain python all
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if device == "cpu" and processes == 1 and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(cores())
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import cli
 import run
 import train_semi
 import train_supervised
 import trees
 from models import DeepLabV3Plus, MeanTeacher
+from processes import cores
 
 TINY = """--dataset folder --recipe street --batch-size 2 --channels 8 --low-channels 8 --rep-dim 8
     --crop-size 32 --log-with none --num-workers 0 --val-interval 4"""
@@ -52,6 +56,29 @@ def test_heads_and_backbone_have_their_rates():
     args = options(lr=1e-3, lr_given=True, iterations=10)
     assert run.set_learning_rate(optimizer, args, Alone, step=0) == 1e-3
     assert (heads["lr"], backbone["lr"]) == (1e-3, pytest.approx(2.5e-5))
+
+
+THREADS = """
+import torch
+import run, train_supervised
+torch.set_num_threads = lambda number: print("threads set to", number)
+run.start_accelerator(train_supervised.parse_options(["--num-workers", "0", "--log-with", "none"]))
+print("started")
+"""
+
+
+@pytest.mark.parametrize("given", [None, "3"])
+def test_accelerate_launch_uses_all_cores_or_the_threads_it_is_told(tmp_path, given):
+    script = tmp_path / "script.py"
+    script.write_text(THREADS)
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(cli.ROOT)}
+    if given:
+        environment["OMP_NUM_THREADS"] = given
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    expected = "" if given else f"threads set to {cores()}\n"
+    assert done.stdout == f"{expected}started\n", done.stderr
 
 
 def test_a_frozen_backbone_has_no_gradient_and_keeps_its_statistics():
