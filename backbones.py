@@ -11,6 +11,7 @@ import timm
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from checkpoint import read_torch, read_weights
@@ -20,6 +21,7 @@ WORKING = (
     "resnet*, resnext*, regnet*, efficientnet*, mobilenetv3*, convnext*, vit* (DINOv2, DINOv3 too) "
     "work"
 )
+WRAPPERS = ("state_dict_ema", "state_dict", "model")  # where training scripts put the weights
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm looks for on the hub
 # What timm's architectures raise for options that are not theirs.
 REFUSALS = (
@@ -175,18 +177,22 @@ def check_hub(name: str) -> None:
 
 
 def read_weight_file(path: Path) -> dict[str, Tensor]:
-    """The state dict in a safetensors file or in one that torch.save wrote; nothing is
-    unpickled."""
+    """The state dict in a safetensors file or in one that torch.save wrote, by itself or as part
+    of a checkpoint; nothing is unpickled."""
     need(path.is_file(), f"--backbone-weights {path}: no such file")
     try:
         state = read_weights(path) if path.suffix == ".safetensors" else read_torch(path)
     except UserError as error:
         raise UserError(f"--backbone-weights {error}") from None
+    if isinstance(state, dict):
+        inner = [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]
+        state = inner[0] if inner else state
     need(
-        isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()),
+        isinstance(state, dict)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()),
         f"--backbone-weights {path}: is no dictionary of tensors",
     )
-    return state
+    return clean_state_dict(state)
 
 
 def load_features(backbone: nn.Module, name: str, state: dict[str, Tensor], origin: str) -> None:
@@ -198,6 +204,9 @@ def load_features(backbone: nn.Module, name: str, state: dict[str, Tensor], orig
     renamed = {key.replace(".", "_"): value for key, value in state.items()}
     own = backbone.state_dict()
     keys = {key: key.removeprefix("model.").replace(".", "_") for key in own}
+    for key, short in keys.items():
+        if key.endswith("num_batches_tracked"):  # older files do not have these counts
+            renamed.setdefault(short, own[key])
     odd = [f"it lacks {key}" for key, short in keys.items() if short not in renamed]
     odd += [f"{key} is unknown to the network" for key in state if key not in whole]
     odd += [

@@ -155,7 +155,8 @@ def add_model_options(add) -> None:
         "--backbone-weights",
         metavar="FILE",
         help="the backbone's first weights from a file, for machines without a way to the hub: "
-        "safetensors, or a state dict of tensors alone",
+        "safetensors, or what torch.save wrote: a state dict, or a checkpoint with one (no other "
+        "objects in it)",
     )
     add(
         "--output-stride",

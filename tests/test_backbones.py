@@ -117,6 +117,25 @@ def test_a_head_of_other_classes_does_not_matter(tmp_path):
     build_backbone("test_resnet", True, 16, 4, written(state, tmp_path / "headless.pth"))
 
 
+def test_weights_as_training_scripts_and_old_files_have_them(tmp_path):
+    state = classifier("test_resnet")
+    parallel = {f"module.{key}": value for key, value in state.items()}
+    uncounted = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    assert len(uncounted) < len(state)
+    files = {
+        "trained.pth": {"epoch": 3, "arch": "test_resnet", "state_dict": parallel},
+        "old.pth": uncounted,
+        "old.safetensors": uncounted,
+    }
+    for name, content in files.items():
+        file = written(content, tmp_path / name)
+        loaded = build_backbone("test_resnet", True, 16, 4, file)[0].state_dict()
+        assert len(loaded) > 5
+        for key, value in loaded.items():
+            known = name == "trained.pth" or key in uncounted
+            assert torch.equal(value, state[key] if known else torch.tensor(0)), key
+
+
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
 def test_weights_that_do_not_fit(tmp_path, ending):
     state = classifier("test_resnet")
@@ -138,7 +157,12 @@ def test_weights_that_do_not_fit(tmp_path, ending):
 def test_files_that_are_no_weights(tmp_path):
     for value in (Object(), {"conv1.0.weight": Object()}):
         assert "plain tensors" in refusal(written(value, tmp_path / "object.pth"))
-    for value in ([torch.zeros(1)], {"state_dict": {"a": torch.zeros(1)}}, torch.zeros(1)):
+    for value in (
+        [torch.zeros(1)],
+        {"weights": {"a": torch.zeros(1)}},
+        {3: torch.zeros(1)},
+        {"a": 1},
+    ):
         assert "no dictionary of tensors" in refusal(written(value, tmp_path / "list.pth"))
     for ending in (".safetensors", ".pth"):
         assert "no such file" in refusal(tmp_path / f"nowhere{ending}")
