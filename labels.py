@@ -223,11 +223,11 @@ def published_split(source: Source, path: str | Path) -> list[Sample]:
     return list(chosen.values())
 
 
-def check_folder(source: Source, quiet: bool = True) -> bool:
+def check_folder(source: Source, quiet: bool = True) -> set[Sample]:
     """Read every file of a user's own data once (then it is remembered).
 
-    Raises UserError for what cannot be used. True where the labels are sparse: a quarter of them or
-    more cover less than half of their pixels, so all count as partial.
+    Raises UserError for what cannot be used. Returns the training images whose label is sparse: it
+    covers less than half of the pixels.
     """
     samples = source.train + source.val
     entries = dict(zip(samples, label_index(source, samples, quiet), strict=True))
@@ -239,8 +239,7 @@ def check_folder(source: Source, quiet: bool = True) -> bool:
     if absent and not quiet:
         more = " ..." if len(absent) > 5 else ""
         note(f"no label holds {', '.join(absent[:5])}{more}, which classes.txt names")
-    sparse = [entries[s]["share"] < 0.5 for s in source.train if s.label]
-    return bool(np.mean(sparse) >= 0.25)
+    return {s for s in source.train if s.label and entries[s]["share"] < 0.5}
 
 
 def check_classes(labelled: dict[Sample, dict]) -> None:
@@ -276,23 +275,24 @@ def divide(
 ) -> Division:
     """The labelled images, the unlabelled images, and whether labels are partial.
 
-    Unlabelled images come without their label, but for partial labels, where every image takes
-    part in both roles and keeps the pixels that are known. Where no image is left over (every image
-    labelled) all are used without their labels.
+    Labels are partial with --label-ratio, and where a quarter of a user's own or more are sparse:
+    every image then takes part in both roles and keeps the pixels that are known, as a sparse label
+    among full ones does. Other unlabelled images come without their label. Where no image is left
+    over (every image labelled) all are used without their labels.
     """
-    sparse = source.own_files and check_folder(source, quiet)
+    sparse = check_folder(source, quiet) if source.own_files else set()
     if labeled_list:
         labelled = published_split(source, labeled_list)
     elif num_labeled:
         labelled = labelled_split(source, num_labeled, seed, quiet)
     else:
         labelled = [sample for sample in source.train if sample.label]
-    chosen = set(labelled)
-    if label_ratio or sparse:
-        both = [s if s in chosen else replace(s, label=None) for s in source.train]
-        return Division(labelled, both, True)
-    others = [s for s in source.train if s not in chosen] or source.train
-    return Division(labelled, [replace(s, label=None) for s in others], False)
+    chosen, masks = set(labelled), sum(bool(sample.label) for sample in source.train)
+    partial = bool(label_ratio) or len(sparse) >= max(1, masks / 4)
+    kept = chosen if partial else chosen & sparse  # whose known pixels count in both roles
+    none_left = len(chosen) == len(source.train)
+    others = [s for s in source.train if none_left or s in kept or s not in chosen]
+    return Division(labelled, [s if s in kept else replace(s, label=None) for s in others], partial)
 
 
 # ------------------------------------------------------------------------------ partial labels

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 import data
@@ -184,6 +185,25 @@ def test_roles_in_a_users_folder(tmp_path):
     assert [len(labelled), len(both), partial] == [3, 7, True]
     assert sum(bool(s.label) for s in both) == 3  # known pixels are kept
     assert labels.divide(sparse, 2, None, None, 0)[2]
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_a_scribble_among_full_masks_plays_both_roles(tmp_path, more):
+    """What is not painted in it is as unlabelled as an image without a mask."""
+    root = trees.folder(tmp_path / "data", train=5, unlabelled=more, palette=False)
+    path = root / "labels" / "train" / "train_002.png"
+    label = np.array(Image.open(path))
+    label[5:] = 255
+    Image.fromarray(label).save(path)
+    source = load("folder", root)
+    labelled, unlabelled, partial = labels.divide(source, 0, None, None, 0)
+    assert [len(labelled), partial] == [5, False]
+    names = [s.name for s in unlabelled]
+    if more:
+        assert names == ["train_002", "train_005", "train_006"]
+    else:  # every image labelled: all play both roles
+        assert names == [s.name for s in source.train]
+    assert [s.name for s in unlabelled if s.label] == ["train_002"]  # known pixels are kept
 
 
 @pytest.mark.parametrize(
