@@ -83,9 +83,11 @@ def resumed_options(args: argparse.Namespace, given: dict) -> argparse.Namespace
 def fill_from_recipe(args: argparse.Namespace) -> None:
     """Give every option that was left open the recipe's value."""
     begun = read_config(Path(args.init_from)) if args.init_from else None
+    seen = {}  # how the run saw its pictures
     if begun and not args.recipe:
-        args.recipe = begun["arguments"].get("recipe")
-    recipe = dict(RECIPES[args.recipe or args.dataset])
+        args.recipe, names = begun["arguments"].get("recipe"), ("crop_size", "scale", "max_size")
+        seen = {name: begun["arguments"][name] for name in names if name in begun["arguments"]}
+    recipe = RECIPES[args.recipe or args.dataset] | seen
     recipe["num_labeled"] = RECIPES[args.dataset]["num_labeled"]
     if args.label_ratio or args.labeled_list:
         recipe["num_labeled"] = 0

@@ -10,7 +10,7 @@ import math
 from data import SOURCES
 from errors import UserError
 from labels import RATIOS
-from recipes import RECIPES
+from recipes import ADAMW, PAPER, RECIPES
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +65,20 @@ def training_parser(description: str | None, script: str) -> Parser:
     return parser
 
 
+def by_recipe(name: str) -> str:
+    """What the recipes say of an option, for its help: "camvid: 2000, others: 40000"."""
+
+    def text(value) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    others = text(PAPER[name])
+    special = {dataset: text(recipe[name]) for dataset, recipe in RECIPES.items()}
+    words = [f"{dataset}: {value}" for dataset, value in special.items() if value != others]
+    return ", ".join([*words, f"others: {others}"])
+
+
 def add_data_options(add) -> None:
     add(
         "--dataset",
@@ -83,7 +97,7 @@ def add_data_options(add) -> None:
         "--num-labeled",
         type=natural,
         metavar="N",
-        help="number of fully labelled images, 0 = every image (street: 20, others: 0)",
+        help=f"number of fully labelled images, 0 = every image ({by_recipe('num_labeled')})",
     )
     add(
         "--label-ratio",
@@ -102,22 +116,21 @@ def add_data_options(add) -> None:
         type=positive,
         nargs="+",
         metavar="N",
-        help="training crop, one side or height and width (cityscapes 512, camvid 224, street 64, "
-        "others 321; with a ViT the nearest multiple of its patch)",
+        help=f"training crop, one side or height and width ({by_recipe('crop_size')}; with a ViT "
+        "the nearest multiple of its patch)",
     )
     add(
         "--scale",
         type=positive_float,
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="random scale of training images (cityscapes 1 1, street 0.8 1.25, others 0.5 1.5)",
+        help=f"random scale of training images ({by_recipe('scale')})",
     )
     add(
         "--max-size",
         type=positive,
-        default=1024,
         metavar="N",
-        help="folder: larger pictures are brought down to this longer side",
+        help=f"folder: larger pictures are brought down to this longer side ({PAPER['max_size']})",
     )
     add(
         "--num-workers",
@@ -142,14 +155,13 @@ def add_model_options(add) -> None:
     add(
         "--backbone",
         metavar="NAME",
-        help="any timm name that yields a feature pyramid, or a ViT (street: test_resnet, camvid: "
-        "tf_efficientnet_lite0.in1k, others: resnet101.tv_in1k)",
+        help=f"any timm name that yields a feature pyramid, or a ViT ({by_recipe('backbone')})",
     )
     add(
         "--pretrained",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="start from timm's ImageNet weights (street: no, others: yes)",
+        help=f"start from timm's ImageNet weights ({by_recipe('pretrained')})",
     )
     add(
         "--backbone-weights",
@@ -162,35 +174,35 @@ def add_model_options(add) -> None:
         "--output-stride",
         type=int,
         choices=[8, 16, 32],
-        help="of the deepest features (street: 8, others: 16)",
+        help=f"of the deepest features ({by_recipe('output_stride')})",
     )
     add(
         "--decoder-stride",
         type=int,
         choices=[2, 4, 8],
-        help="of the decoder and of the representation (street: 2, others: 4)",
+        help=f"of the decoder and of the representation ({by_recipe('decoder_stride')})",
     )
     add(
         "--channels",
         type=positive,
-        help="width of the ASPP and the heads (street: 32, camvid: 64, others: 256)",
+        help=f"width of the ASPP and the heads ({by_recipe('channels')})",
     )
     add(
         "--low-channels",
         type=positive,
-        help="width of the projected low-level features (street, camvid: 24, others: 48)",
+        help=f"width of the projected low-level features ({by_recipe('low_channels')})",
     )
     add(
         "--rep-dim",
         type=positive,
-        help="channels of the representation (street: 32, camvid: 64, others: 256)",
+        help=f"channels of the representation ({by_recipe('rep_dim')})",
     )
     add(
         "--aspp-rates",
         type=positive,
         nargs=3,
         metavar="R",
-        help="atrous rates (street: 1 2 3, others: 6 12 18)",
+        help=f"atrous rates ({by_recipe('aspp_rates')})",
     )
     add(
         "--init-from",
@@ -242,20 +254,19 @@ def add_optimisation_options(add) -> None:
     add(
         "--iterations",
         type=positive,
-        help="training steps (street: 3600, camvid: 2000, others: 40000)",
+        help=f"training steps ({by_recipe('iterations')})",
     )
     add(
         "--batch-size",
         type=positive,
         help="labelled images per step and process; train_semi.py takes as many unlabelled ones "
-        "besides (cityscapes 2, street and camvid 4, sun 5, folder 8, pascal 10; "
-        "train_supervised.py twice that)",
+        f"besides ({by_recipe('batch_size')}; train_supervised.py twice that)",
     )
     add(
         "--lr",
         type=positive_float,
-        help="base learning rate, used as given (street: 0.2, camvid: 0.02, others: 0.0025, adamw: "
-        "0.0002; by default it follows the global batch in proportion)",
+        help=f"base learning rate, used as given ({by_recipe('lr')}, adamw: {ADAMW['lr']}; by "
+        "default it follows the global batch in proportion)",
     )
     add(
         "--optimizer",
@@ -292,7 +303,9 @@ def add_run_options(add) -> None:
         "not given are the run's",
     )
     add(
-        "--val-interval", type=positive, help="steps between validations (street: 600, others: 500)"
+        "--val-interval",
+        type=positive,
+        help=f"steps between validations ({by_recipe('val_interval')})",
     )
     add(
         "--save-interval",

@@ -121,6 +121,8 @@ def add_embedding(writer: SummaryWriter, network: nn.Module, images, source, dev
             vectors.append(rep.flatten(1)[:, pixels].T)
             classes += [c] * len(pixels)
     network.train()
+    if not classes:  # a few labelled pixels, none of which is left at the representation's size
+        return
     colours = torch.tensor([source.palette[c] for c in classes]) / 255
     squares = colours[:, :, None, None].expand(-1, -1, 8, 8)
     names = [source.classes[c] for c in classes]

@@ -71,7 +71,8 @@ def parse_options() -> argparse.Namespace:
     add(
         "--onnx",
         metavar="FILE",
-        help="export the network, with normalisation and upsampling, for any size",
+        help="export the network, with normalisation and upsampling, for any size (what else "
+        "resizes pictures here is not part of it)",
     )
     args = parser.parse_intermixed_args()
     args.run = None

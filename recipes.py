@@ -13,6 +13,7 @@ PAPER = dict(
     aspp_rates=[6, 12, 18],
     crop_size=[321],
     scale=[0.5, 1.5],
+    max_size=1024,
     batch_size=10,
     lr=2.5e-3,
     optimizer="sgd",

@@ -170,9 +170,10 @@ def seed_step(seed: int, step: int, rank: int) -> np.random.Generator:
     return np.random.default_rng(sequence)
 
 
-def check_resumed(args, accelerator: Accelerator, folder: Path, labelled: list) -> None:
-    """UserError where processes, precision or labelled images are not those of the run."""
-    saved = read_config(folder)["arguments"]
+def check_resumed(accelerator: Accelerator, folder: Path, source: Source, labelled: list) -> None:
+    """UserError where processes, precision, classes or labelled images are not those of the run."""
+    config = read_config(folder)
+    saved = config["arguments"]
     now = {
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
@@ -186,6 +187,8 @@ def check_resumed(args, accelerator: Accelerator, folder: Path, labelled: list) 
     names = "".join(f"{sample.name}\n" for sample in labelled)
     if file.exists() and file.read_text() != names:
         differing.append("the labelled images (the data have changed)")
+    if config["classes"] != source.classes:
+        differing.append("the classes (classes.txt has changed)")
     need(not differing, f"--resume {folder}: {', '.join(differing)} would change the result")
 
 

@@ -205,7 +205,7 @@ def main() -> None:
     record = Record(args, accelerator, folder, source, config)
     parts = dict(model=model, optimizer=optimizer, teacher=teacher, scaler=accelerator.scaler)
     if args.resume:
-        run.check_resumed(args, accelerator, folder, division.labelled)
+        run.check_resumed(accelerator, folder, source, division.labelled)
     if state:
         record.load_state_dict(state)
         checkpoint.restore(state, **parts)

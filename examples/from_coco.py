@@ -42,7 +42,7 @@ def paint_instances(coco, image: dict, ids: dict[int, int], nothing: int) -> np.
     """The label uint8 [H, W] of a picture: its instances, the largest first."""
     label = np.full((image["height"], image["width"]), nothing, np.uint8)
     instances = coco.loadAnns(coco.getAnnIds(imgIds=image["id"]))
-    for instance in sorted(instances, key=lambda one: -one["area"]):
+    for instance in sorted(instances, key=lambda one: -one.get("area", 0)):
         label[coco.annToMask(instance) > 0] = ids[instance["category_id"]]
     return label
 
@@ -85,6 +85,8 @@ def main() -> None:
     odd = sorted({one["category_id"] for one in marked} - ids.keys())
     if odd:
         refuse(f"{args.annotations}: an annotation has the category {odd[0]}, which is not listed")
+    if not panoptic and not all(entry.get("segmentation") for entry in entries):
+        refuse(f"{args.annotations}: an annotation has no segmentation; boxes alone make no masks")
     write_classes(args.out, classes)
     for image in tqdm(pictures, unit="picture", disable=None):
         label = None

@@ -4,10 +4,10 @@
     $ python examples/from_labelme.py annotated_val mydata --split val --background background
 
 A JSON file lies beside its picture; pictures without one are unlabelled. The classes are the names
-found, sorted, or the lines of --labels FILE. Later shapes are painted over earlier ones; a shape
-called __ignore__ is not labelled (255). What nobody outlined is not labelled either, or with
---background NAME a class of that name, number 0. Polygons, rectangles, circles, lines, points and
-masks are known.
+found, sorted, or the lines of --labels FILE (of OUT/classes.txt, where another split was written
+before). Later shapes are painted over earlier ones; a shape called __ignore__ is not labelled
+(255). What nobody outlined is not labelled either, or with --background NAME a class of that name,
+number 0. Polygons, rectangles, circles, lines, points and masks are known.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def read_shapes(file: Path) -> dict:
     try:
         content = json.loads(file.read_text())
         shapes = [(s["label"], s.get("shape_type") or "polygon", s) for s in content["shapes"]]
-        size = content["imageHeight"], content["imageWidth"]
+        size = int(content["imageHeight"]), int(content["imageWidth"])
         image = file.parent / content["imagePath"].replace("\\", "/")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(f"{file}: is no labelme file ({type(error).__name__}: {error})")
@@ -87,7 +87,12 @@ def main() -> None:
     names = {name for one in files for name, _, _ in one["shapes"]} - {IGNORED, args.background}
     first = [args.background] if args.background else []
     classes = first + sorted(names)
+    written = args.out / "classes.txt"
+    if not args.labels and written.exists():  # a class may be missing in this split
+        args.labels = written
     if args.labels:
+        if not args.labels.is_file():
+            refuse(f"{args.labels}: no such file (--labels)")
         lines = [line.strip() for line in args.labels.read_text().splitlines()]
         listed = [line for line in lines if line and line not in (IGNORED, args.background)]
         unknown = sorted(names - set(listed))

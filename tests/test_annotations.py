@@ -170,6 +170,20 @@ def test_labelme(photos, tmp_path):
     assert not (tmp_path / "two" / "images" / "val" / "c.jpg").exists()  # without a label
 
 
+def test_a_labelme_split_may_lack_a_class(photos, tmp_path):
+    labelme_file(photos / "a.json", shape("car", [[0, 0], [9, 0], [9, 9]], "polygon"))
+    labelme_file(photos / "b.json", shape("bus", [[0, 0], [9, 0], [9, 9]], "polygon"))
+    words = ["--background", "nothing"]
+    convert("from_labelme.py", photos, tmp_path / "out", *words)
+    (photos / "b.json").unlink()
+    convert("from_labelme.py", photos, tmp_path / "out", "--split", "val", *words)
+    assert (tmp_path / "out" / "classes.txt").read_text() == "nothing\nbus\ncar\n"
+    assert labels(tmp_path / "out", "val")["a"][1, 5] == 2
+    labelme_file(photos / "b.json", shape("tram", [[0, 0], [9, 0], [9, 9]], "polygon"))
+    told = refusal("from_labelme.py", photos, tmp_path / "out", "--split", "val", *words)
+    assert "classes.txt: lacks tram" in told
+
+
 def test_odd_labelme_files(photos, tmp_path):
     assert "holds no .json" in refusal("from_labelme.py", photos, tmp_path / "out")
     assert "nowhere" in refusal("from_labelme.py", tmp_path / "nowhere", tmp_path / "out")
@@ -178,6 +192,14 @@ def test_odd_labelme_files(photos, tmp_path):
     labelme_file(photos / "a.json", shape("car", [[0, 0], [3, 3]]), shape("bus", [[1, 1]], "point"))
     told = refusal("from_labelme.py", photos, tmp_path / "out")
     assert "a polygon of 2 points" in told
+    sound = (photos / "a.json").read_text()
+    (photos / "a.json").write_text(sound.replace('"imageHeight": 20', '"imageHeight": null'))
+    assert "a.json: is no labelme file" in refusal("from_labelme.py", photos, tmp_path / "out")
+    (photos / "a.json").write_text(sound)
+    words = ["--labels", tmp_path / "nowhere.txt"]
+    assert "nowhere.txt: no such file" in refusal(
+        "from_labelme.py", photos, tmp_path / "out", *words
+    )
     (tmp_path / "labels.txt").write_text("car\ntram\n")
     told = refusal("from_labelme.py", photos, tmp_path / "new", "--labels", tmp_path / "labels.txt")
     assert "labels.txt: lacks bus" in told

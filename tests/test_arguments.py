@@ -1,9 +1,12 @@
 """The options of a run as the recipes, the backbone and the command line make them."""
 
+import json
+
 import pytest
 
 import arguments
 import options
+from recipes import RECIPES
 
 
 def parse(*words: str):
@@ -35,3 +38,32 @@ def test_the_backbone_chooses_the_optimizer(words, optimizer, lr, decay, scale, 
     args = parse(*words.split())
     assert (args.optimizer, args.lr, args.weight_decay) == (optimizer, lr, decay)
     assert (args.backbone_lr_scale, args.crop_size) == (scale, crop)
+
+
+def test_going_on_from_a_run_keeps_how_it_saw_its_pictures(tmp_path):
+    seen = {"crop_size": [40, 56], "scale": [0.8, 1.2], "max_size": 480}
+    run = {"dataset": "folder", "script": "train_semi.py", "recipe": "street", **seen}
+    config = {
+        "arguments": run,
+        "model": {"backbone": "test_resnet", "num_classes": 2},
+        "classes": ["a", "b"],
+        "palette": [[0, 0, 0], [9, 9, 9]],
+        "crop_size": seen["crop_size"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["--dataset", "folder", "--data-path", "x", "--init-from", str(tmp_path)]
+    args = parse(*words)
+    assert {name: getattr(args, name) for name in seen} == seen
+    args = parse(*words, "--max-size", "600", "--crop-size", "48")
+    assert (args.max_size, args.crop_size, args.scale) == (600, [48, 48], [0.8, 1.2])
+    args = parse(*words, "--recipe", "camvid")
+    assert (args.max_size, args.crop_size) == (1024, [224, 224])
+
+
+def test_the_help_tells_the_defaults_of_the_recipes(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    street = RECIPES["street"]
+    assert f"training steps (camvid: 2000, street: {street['iterations']}, others: 40000)" in text
+    assert f"street: {street['crop_size'][0]}, others: 321" in text

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -229,6 +230,14 @@ def test_resuming_with_other_arguments_is_refused(tmp_path):
         and "fp16 needs a GPU" in done.stderr
         and "Traceback" not in done.stderr
     )
+    classes = Path(OPTIONS[OPTIONS.index("--data-path") + 1]) / "classes.txt"
+    text = classes.read_text()
+    try:
+        classes.write_text("".join(reversed(text.splitlines(keepends=True))))
+        done = fork("train_supervised.py", "--out-dir", folder, "--resume")
+    finally:
+        classes.write_text(text)
+    assert done.returncode == 2 and "classes.txt has changed" in done.stderr
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     done = fork(
         "train_supervised.py", "--out-dir", folder, "--resume", "--num-workers", "1"
