@@ -2,7 +2,8 @@
 
 python experiments.py                                        # the streets: no download
 python experiments.py --only camvid                          # photographs (docs/results.md)
-python experiments.py --only "camvid, 20 labels" --seeds 0   # one setting, one seed
+python experiments.py --only "camvid, 20 labels" --methods supervised ClassMix "ClassMix + ReCo" \\
+    --lr 0.02 --seeds 0                                      # of one setting, no other rate
 python experiments.py --results docs                         # go on from the committed results
 
 For one seed all methods have the same labelled images, first weights and number of steps. The
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import results
 from errors import need
-from options import natural, new_parser, positive
+from options import natural, new_parser, positive, positive_float
 from processes import launch
 
 ROOT, RUNS = Path(__file__).parent, Path("runs/experiments")
@@ -137,8 +138,13 @@ def run_missing(args: Namespace, jobs: list[tuple]) -> None:
 def parse_options() -> Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    what = "data sets (street, camvid, handwriting), settings, or methods"
+    what = "data sets (street, camvid, handwriting) or settings"
     add("--only", nargs="+", default=["street"], metavar="TEXT", help=what)
+    names = [*METHODS, *ABLATIONS]
+    add("--methods", nargs="+", choices=names, metavar="NAME", help="default: those of the setting")
+    add(
+        "--lr", type=positive_float, help="of every run; default: the best on validation, by method"
+    )
     add("--seeds", nargs="+", type=natural, default=[0, 1, 2], metavar="N", help="of each method")
     add("--results", type=Path, default=RUNS, metavar="DIR", help="for CSV, tables and figures")
     add("--jobs", type=positive, default=os.cpu_count(), help="runs at a time, one thread each")
@@ -148,12 +154,17 @@ def parse_options() -> Namespace:
 def main() -> None:
     args = parse_options()
     pairs = [(name, method) for name in SETTINGS for method in SETTINGS[name].methods]
-    wanted = [(n, m) for n, m in pairs if {n.split(",")[0], n, m} & set(args.only)]
+    wanted = [(n, m) for n, m in pairs if {n.split(",")[0], n} & set(args.only)]
     need(wanted, f"--only {' '.join(args.only)}: fits none of {'; '.join(SETTINGS)}")
-    tuned = dict.fromkeys(choose_at(*pair) for pair in wanted)
-    run_missing(args, [(*pair, rate, 0) for pair in tuned for rate in SETTINGS[pair[0]].rates])
+    wanted = [(n, m) for n, m in wanted if m in (args.methods or [m])]
+    need(
+        wanted, f"--methods {', '.join(args.methods or [])}: none of them is run in {args.only[0]}"
+    )
+    if not args.lr:
+        tuned = dict.fromkeys(choose_at(*pair) for pair in wanted)
+        run_missing(args, [(*pair, rate, 0) for pair in tuned for rate in SETTINGS[pair[0]].rates])
     rows = results.read_rows(args.results)
-    rates = {pair: results.best_rate(rows, choose_at(*pair)) for pair in wanted}
+    rates = {pair: args.lr or results.best_rate(rows, choose_at(*pair)) for pair in wanted}
     run_missing(args, [(*pair, rates[pair], seed) for seed in args.seeds for pair in wanted])
     rows = results.read_rows(args.results)
     chosen = results.chosen_runs(rows, {pair: choose_at(*pair) for pair in pairs})

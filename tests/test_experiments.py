@@ -86,12 +86,13 @@ def test_command_lines_name_what_decides_the_result():
 
 
 def test_a_run_is_made_once_and_reported(tmp_path, monkeypatch):
-    tiny = Setting(f"{TINY} --iterations 2 --val-interval 2", (0.2,), ["supervised"])
+    methods = ["supervised", RECO]
+    tiny = Setting(f"{TINY} --iterations 2 --val-interval 2", (0.1, 0.2), methods)
     monkeypatch.setattr(experiments, "SETTINGS", {NAME: tiny})
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     command = ["experiments.py", "--results", str(tmp_path), "--seeds", "0"]
-    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr("sys.argv", [*command, "--methods", "supervised", "--lr", "0.2"])
     experiments.main()
     (row,) = results.read_rows(tmp_path)
     assert row["curve"].split(":")[0] == "2" and 0 < float(row["test miou"]) < 1
@@ -116,4 +117,7 @@ def test_what_fails_is_told(tmp_path, monkeypatch):
         experiments.main()
     monkeypatch.setattr("sys.argv", ["experiments.py", "--only", "p7"])
     with pytest.raises(UserError, match="p7: fits none of"):
+        experiments.main()
+    monkeypatch.setattr("sys.argv", ["experiments.py", "--only", NAME, "--methods", "CutMix"])
+    with pytest.raises(UserError, match="CutMix: none of them is run in street"):
         experiments.main()
