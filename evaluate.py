@@ -70,7 +70,7 @@ def parse_options() -> argparse.Namespace:
         "--json",
         metavar="FILE",
         help="where the results go (default: evaluation-SPLIT.json in the run's folder, or here "
-        "for a checkpoint)",
+        "for a checkpoint and for a model from the hub)",
     )
     args = parser.parse_args()
     need(bool(args.run) != bool(args.checkpoint), "name either a run's folder or --checkpoint FILE")

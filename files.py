@@ -56,7 +56,7 @@ def open_image(
 def to_rgb(image: Image.Image) -> Tensor:
     """uint8 RGB [3, H, W]; grey, palette and alpha images are brought to RGB, 16 bits to 8."""
     if image.mode.startswith(("I", "F")):  # Pillow would clip these at 255
-        values = np.asarray(image).astype(np.float64)
+        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
         top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1.0)
         image = Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
     elif image.mode == "P":

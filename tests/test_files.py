@@ -57,6 +57,12 @@ def test_sixteen_bits_are_not_clipped(read):
     assert np.abs(image[..., 1].astype(float) - SIXTEEN_BIT / 257).max() <= 0.5
 
 
+@pytest.mark.filterwarnings("error")
+def test_floats_that_are_no_numbers_are_black(read):
+    values = np.array([[0.0, 2.0, np.nan, np.inf]], np.float32)
+    assert read("float.tif", Image.fromarray(values))[0, :, 0].tolist() == [0, 255, 0, 0]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_of_image_and_label(tmp_path, orientation):
     root = trees.folder(tmp_path, train=1, val=1, unlabelled=0, size=(64, 96), suffix=".jpg")
