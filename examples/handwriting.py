@@ -2,8 +2,9 @@
 Writes a `folder` data set of real handwriting, to try the path that your own pictures will take.
 
     $ python examples/handwriting.py dataset/handwriting
-    $ accelerate launch train_semi.py --reco --dataset folder --data-path dataset/handwriting \
-          --num-labeled 60 --recipe street --warmup-iterations 600
+    $ accelerate launch train_semi.py --reco --dataset folder --data-path dataset/handwriting \\
+          --num-labeled 60 --recipe street --channels 64 --crop-size 64 --scale 0.8 1.25 \\
+          --batch-size 8 --lr 0.2 --iterations 2000 --val-interval 500 --warmup-iterations 600
 
 Each picture shows two to five of the 1,797 handwritten digits (8x8 pixels) that scikit-learn
 carries, enlarged, slanted and inked onto paper, wood or something blotchy; its label says which
@@ -214,7 +215,8 @@ def main():
     print(
         "try: accelerate launch train_semi.py --reco --dataset folder "
         f"--data-path {shlex.quote(str(args.dir))} --num-labeled 60 --recipe street "
-        "--warmup-iterations 600"
+        "--channels 64 --crop-size 64 --scale 0.8 1.25 --batch-size 8 --lr 0.2 --iterations 2000 "
+        "--val-interval 500 --warmup-iterations 600"
     )
 
 
