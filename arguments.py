@@ -85,8 +85,9 @@ def fill_from_recipe(args: argparse.Namespace) -> None:
     begun = read_config(Path(args.init_from)) if args.init_from else None
     seen = {}  # how the run saw its pictures
     if begun and not args.recipe:
-        args.recipe, names = begun["arguments"].get("recipe"), ("crop_size", "scale", "max_size")
-        seen = {name: begun["arguments"][name] for name in names if name in begun["arguments"]}
+        before = begun["arguments"]
+        args.recipe = before.get("recipe")
+        seen = {k: before[k] for k in ("crop_size", "scale", "max_size") if k in before}
     recipe = RECIPES[args.recipe or args.dataset] | seen
     recipe["num_labeled"] = RECIPES[args.dataset]["num_labeled"]
     if args.label_ratio or args.labeled_list:

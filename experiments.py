@@ -157,9 +157,8 @@ def main() -> None:
     wanted = [(n, m) for n, m in pairs if {n.split(",")[0], n} & set(args.only)]
     need(wanted, f"--only {' '.join(args.only)}: fits none of {'; '.join(SETTINGS)}")
     wanted = [(n, m) for n, m in wanted if m in (args.methods or [m])]
-    need(
-        wanted, f"--methods {', '.join(args.methods or [])}: none of them is run in {args.only[0]}"
-    )
+    methods, only = (", ".join(words) for words in (args.methods or [], args.only))
+    need(wanted, f"--methods {methods}: none of them is run in {only}")
     if not args.lr:
         tuned = dict.fromkeys(choose_at(*pair) for pair in wanted)
         run_missing(args, [(*pair, rate, 0) for pair in tuned for rate in SETTINGS[pair[0]].rates])
