@@ -32,6 +32,8 @@ from record import Record
 from train_supervised import mean_count, reco_curves, reco_pictures, supervised_loss
 from transforms import augment, batch_scale_crop, shrink_label, to_float, upsample
 
+BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
+
 
 def parse_options(argv=None) -> argparse.Namespace:
     parser = training_parser(__doc__, "train_semi.py")
@@ -79,13 +81,14 @@ def pseudo_label(
     teacher: MeanTeacher, images: Tensor, known: Tensor, accelerator
 ) -> tuple[Tensor, Tensor]:
     """The teacher's argmax and its probability, [B, H, W] each, at full resolution. Known pixels
-    (partial labels; [B, H, W], 255 = unknown) overwrite them."""
+    (partial labels; [B, H, W], 255 = unknown) overwrite them, with a confidence of 1, which no
+    other pixel has."""
     with accelerator.autocast():
         logits, _ = teacher.label(images)
     prob = upsample(logits.float(), images.shape[-2:]).softmax(dim=1)
     confidence, label = prob.max(dim=1)
     label = torch.where(known != IGNORE, known, label)
-    return label, torch.where(known != IGNORE, 1.0, confidence)
+    return label, torch.where(known != IGNORE, 1.0, confidence.clamp_max(BELOW_ONE))
 
 
 def contrast(logits, rep, full_l, label_l, label_u, confidence, partial, args):
@@ -142,7 +145,11 @@ def train_step(
     logits_l, rep_l = student(images_l)  # [B, C, h, w], [B, D, h, w]
     logits_u, rep_u = student(images_u)
     full_l, full_u = (upsample(x, label_l.shape[-2:]) for x in (logits_l, logits_u))
-    supervised = supervised_loss(full_l, label_l, accelerator)
+    # partial labels: the known pixels of the unlabelled images are labels too (not in the paper)
+    known_u = torch.where(confidence == 1, label_u, IGNORE)
+    supervised = supervised_loss(
+        torch.cat([full_l, full_u]), torch.cat([label_l, known_u]), accelerator
+    )
     unsupervised, eta = unsupervised_loss(
         full_u, label_u, confidence, args.reco_threshold, accelerator
     )

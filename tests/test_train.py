@@ -418,28 +418,68 @@ def test_independent_sampling_of_several_processes_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def one_step(label_l, label_u, skipped=False):
+    """A step of a small network, with labels [2, 32, 32] of the two batches: teacher, losses."""
+    args = train_semi.parse_options(["--reco", "--crop-size", "32", "--scale", "1", "1"])
+    args.partial = True
+    torch.manual_seed(0)
+    model = DeepLabV3Plus(3, "test_resnet", rep_dim=8, pretrained=False, channels=8, low_channels=8)
+    teacher, optimizer = MeanTeacher(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    images = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
+        reduce=lambda x, how: x,
+        backward=lambda loss: loss.backward(),
+        optimizer_step_was_skipped=skipped,
+        unwrap_model=lambda model, **options: model,
+    )
+    losses, _ = train_semi.train_step(
+        (images, label_l),
+        (images, label_u),
+        model,
+        teacher,
+        optimizer,
+        accelerator,
+        args,
+        np.random.default_rng(0),
+    )
+    return teacher, losses
+
+
 def test_a_skipped_step_leaves_the_teacher_alone():
     """fp16: where the gradient scaler finds an overflow it skips the optimiser's step, and the
     average must not take the student in."""
-    args = train_semi.parse_options(["--reco", "--crop-size", "32"])
-    args.partial = False
-    model = DeepLabV3Plus(3, "test_resnet", rep_dim=8, pretrained=False, channels=8, low_channels=8)
-    teacher, optimizer = MeanTeacher(model), torch.optim.SGD(model.parameters(), lr=0.1)
-    batch = (
-        torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8),
-        torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8),
-    )
+    label = torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)
     for skipped, steps in ((True, 0), (False, 1)):
-        accelerator = SimpleNamespace(
-            device=torch.device("cpu"),
-            autocast=contextlib.nullcontext,
-            reduce=lambda x, how: x,
-            backward=lambda loss: loss.backward(),
-            optimizer_step_was_skipped=skipped,
-            unwrap_model=lambda model, **options: model,
-        )
-        rng = np.random.default_rng(0)
-        losses, _ = train_semi.train_step(
-            batch, batch, model, teacher, optimizer, accelerator, args, rng
-        )
+        teacher, losses = one_step(label, label, skipped)
         assert teacher.step == steps and torch.isfinite(losses["loss/total"])
+
+
+def test_known_pixels_of_unlabelled_images_are_labels():
+    """With one pixel per class and image they are half of all; as mere pseudo-labels, averaged
+    over whole images and weighted by how sure the teacher is, they hardly counted."""
+    nothing = torch.full((2, 32, 32), 255, dtype=torch.uint8)
+    points = nothing.clone()
+    points[:, ::8, ::8] = 1
+    nowhere, labelled, unlabelled = (
+        one_step(*labels)[1]["loss/supervised"]
+        for labels in ((nothing, nothing), (points, nothing), (nothing, points))
+    )
+    assert nowhere == 0 and labelled > 0 and unlabelled > 0
+    both = one_step(points, points)[1]["loss/supervised"]
+    torch.testing.assert_close(both, (labelled + unlabelled) / 2, rtol=0.3, atol=0)
+
+
+def test_no_pseudo_label_has_the_confidence_of_a_known_pixel():
+    logits = torch.zeros(1, 3, 8, 8)
+    logits[:, 2] = 100  # its probability is 1 in float32
+    teacher = SimpleNamespace(label=lambda images: (logits, None))
+    known = torch.full((1, 32, 32), 255)
+    known[0, 5, 5] = 1
+    accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+    label, confidence = train_semi.pseudo_label(
+        teacher, torch.zeros(1, 3, 32, 32), known, accelerator
+    )
+    assert label[0, 5, 5] == 1 and (label == 2).sum() == 32 * 32 - 1
+    assert (confidence == 1).sum() == 1 == confidence[0, 5, 5] and confidence.min() > 0.9999
