@@ -21,6 +21,12 @@ SMALL = ["--channels", "8", "--low-channels", "8", "--rep-dim", "8"]
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # the copy does
 
 
+@pytest.fixture(autouse=True, scope="module")
+def probed_backbone():
+    """What building it finds out with real tensors, which a fake mode refuses, is cached."""
+    DeepLabV3Plus(CLASSES, "test_resnet", pretrained=False)
+
+
 def no_values():
     mode = FakeTensorMode()
     mode.__deepcopy__ = lambda memo: mode  # a copied tensor, the teacher's, is of the same mode
