@@ -136,9 +136,7 @@ class Stop:
         if self.signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.signal and _launcher and os.getppid() != _launcher:
-            signal.alarm(
-                GRACE
-            )  # the launcher was killed: save within that time, or SIGALRM ends us
+            signal.alarm(GRACE)  # the launcher was killed: save in that time, or SIGALRM ends us
         self.signal = self.signal or number
 
 

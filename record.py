@@ -178,7 +178,11 @@ class Record:
         for name, network in networks.items():
             self.share_buffers(network)
             results, confusion = evaluate(
-                network, loader, len(self.source.classes), self.accelerator
+                network,
+                loader,
+                len(self.source.classes),
+                self.accelerator,
+                progress=f"validating the {name}",
             )
             entry |= {f"{name} {key}": results[key] for key in ("miou", "boundary_iou", "accuracy")}
             if "miou" not in entry:
