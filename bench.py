@@ -267,7 +267,7 @@ def main() -> None:
 
     def training_options(*extra: str) -> argparse.Namespace:
         args = SCRIPTS[own.script].parse_options([*rest, *extra])
-        args.warmup_iterations, args.partial = 0, False
+        args.warmup_iterations, args.partial = 0, args.label_ratio is not None
         return args
 
     args = training_options()

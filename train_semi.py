@@ -30,7 +30,7 @@ from processes import launch
 from reco import reco_loss
 from record import Record
 from train_supervised import mean_count, reco_curves, reco_pictures, supervised_loss
-from transforms import augment, batch_scale_crop, shrink_label, to_float, upsample
+from transforms import augment, batch_scale_crop, shrink_known, shrink_label, to_float, upsample
 
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 
@@ -98,14 +98,19 @@ def contrast(logits, rep, full_l, label_l, label_u, confidence, partial, args):
     labelled images' logits at full size; label_l, label_u, confidence [B, H, W]. `partial`: the
     labels are sparse. Returns the loss and the stats of `reco_loss`."""
     with torch.no_grad():
+        size = rep.shape[-2:]
+        known = torch.cat([label_l, torch.where(confidence == 1, label_u, IGNORE)])
         valid_l = label_l != IGNORE
         if partial:  # beside the known pixels, those of which the student itself is sure
             sure, own = full_l.softmax(dim=1).max(dim=1)
             label_l = torch.where(valid_l, label_l, own)
             valid_l = valid_l | (sure >= 0.97)
-        size = rep.shape[-2:]
         label = shrink_label(torch.cat([label_l, label_u]), size)
         valid = shrink_label(torch.cat([valid_l, confidence >= args.weak_threshold]), size)
+        if partial:  # nearest sampling alone would lose most known pixels (not in the paper)
+            known = shrink_known(known, size)
+            label = torch.where(known != IGNORE, known, label)
+            valid = valid | (known != IGNORE)
         valid = valid & (label != IGNORE)
         prob = logits.softmax(dim=1)
     return reco_loss(rep, label, prob, valid, **reco_settings(args))

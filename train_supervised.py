@@ -24,7 +24,7 @@ from options import training_parser
 from processes import launch
 from reco import reco_loss
 from record import Record
-from transforms import augment, shrink_label, to_float, upsample
+from transforms import augment, shrink_known, shrink_label, to_float, upsample
 
 
 def parse_options(argv=None) -> argparse.Namespace:
@@ -67,7 +67,8 @@ def train_step(
     mark("student forward")
 
     if args.reco and contrast:  # queries and keys from the labelled pixels alone
-        small = shrink_label(label, rep.shape[-2:])
+        shrink = shrink_known if args.partial else shrink_label
+        small = shrink(label, rep.shape[-2:])
         prob = logits.detach().softmax(dim=1)
         reco, stats = reco_loss(rep, small, prob, small != IGNORE, **reco_settings(args))
         loss = loss + args.reco_weight * reco
@@ -109,6 +110,7 @@ def main() -> None:
     source = load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
     labels = args.num_labeled, args.label_ratio, args.labeled_list
     division = divide(source, *labels, args.seed, quiet=not accelerator.is_main_process)
+    args.partial = division.partial
 
     # the network and its optimiser
     state = checkpoint.load_state(folder) if args.resume else None

@@ -100,6 +100,7 @@ def test_a_semi_supervised_step_waits_for_nothing(name):
 @pytest.mark.parametrize("options", [[], ["--reco"], ["--reco", "--label-ratio", "p1"]])
 def test_a_supervised_step_waits_for_nothing(options):
     args = train_supervised.parse_options([*SMALL, *options])
+    args.partial = args.label_ratio is not None
     with no_values():
         student = network(args)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)

@@ -471,6 +471,24 @@ def test_known_pixels_of_unlabelled_images_are_labels():
     torch.testing.assert_close(both, (labelled + unlabelled) / 2, rtol=0.3, atol=0)
 
 
+def test_contrast_keeps_known_pixels():
+    """At stride 4 nearest sampling loses 15 of 16 single pixels: with one pixel per class and
+    image ReCo had hardly a label."""
+    args = train_semi.parse_options(["--reco"])
+    points = torch.full((2, 32, 32), 255)
+    points[0, 1, 2], points[0, 11, 30], points[1, 21, 3] = 0, 1, 2  # none is nearest to a cell
+    nothing = torch.full_like(points, 255)
+    logits, rep = torch.zeros(4, 3, 8, 8), torch.randn(4, 5, 8, 8)
+    guess = torch.zeros(2, 32, 32, dtype=torch.int64)  # the teacher's, unsure
+    for label_l, known in ((points, nothing), (nothing, points)):
+        label_u = torch.where(known != 255, known, guess)
+        confidence = (known != 255).float()
+        _, stats = train_semi.contrast(
+            logits, rep, torch.zeros(2, 3, 32, 32), label_l, label_u, confidence, True, args
+        )
+        assert stats["num_classes"] == 3 and stats["num_hard"].tolist() == [1, 1, 1]
+
+
 def test_no_pseudo_label_has_the_confidence_of_a_known_pixel():
     logits = torch.zeros(1, 3, 8, 8)
     logits[:, 2] = 100  # its probability is 1 in float32

@@ -100,6 +100,18 @@ def test_shrink_label():
     assert torch.equal(confidence, small / 16)
 
 
+def test_shrink_known_keeps_every_cell_with_a_known_pixel():
+    known = torch.full((1, 8, 8), 255)
+    known[0, 3, 2] = 4  # alone in its cell of 4x4
+    known[0, 0, 4], known[0, 1, 5] = 0, 6  # the nearest pixel of the cell, and another
+    known[0, 5, 5], known[0, 6, 6] = 7, 2  # two, neither the nearest
+    small = transforms.shrink_known(known, (2, 2))
+    assert small.dtype == torch.int64
+    assert small.tolist() == [[[4, 0], [255, 7]]]
+    full = torch.arange(64).view(1, 8, 8) % 5
+    assert torch.equal(transforms.shrink_known(full, (3, 3)), transforms.shrink_label(full, (3, 3)))
+
+
 def test_upsample_aligns_the_corners():
     y, x = torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij")
     small = torch.stack([y, x, 2 * y + x])[None]
