@@ -1,6 +1,5 @@
 """COCO annotations (instances or panoptic) to the folder that --dataset folder reads.
 
-    $ pip install pycocotools
     $ python examples/from_coco.py instances_train.json images mydata --split train
     $ python examples/from_coco.py instances_val.json images mydata --split val
     $ python examples/from_coco.py panoptic_val.json images mydata --split val --panoptic DIR
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from own_folder import NOT_LABELLED, add_picture, refuse, write_classes
 from PIL import Image
+from pycocotools.coco import COCO
 from tqdm import tqdm
 
 
@@ -38,7 +38,7 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def paint_instances(coco, image: dict, ids: dict[int, int], nothing: int) -> np.ndarray:
+def paint_instances(coco: COCO, image: dict, ids: dict[int, int], nothing: int) -> np.ndarray:
     """The label uint8 [H, W] of a picture: its instances, the largest first."""
     label = np.full((image["height"], image["width"]), nothing, np.uint8)
     instances = coco.loadAnns(coco.getAnnIds(imgIds=image["id"]))
@@ -98,11 +98,7 @@ def main() -> None:
     print(f"{args.out}: {len(pictures)} pictures, {len(annotated)} annotated, in {args.split}")
 
 
-def load_instances(file: Path):
-    try:
-        from pycocotools.coco import COCO
-    except ImportError:
-        refuse("COCO instances need a package: pip install pycocotools")
+def load_instances(file: Path) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):  # its chatter
         return COCO(str(file))
 

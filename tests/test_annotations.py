@@ -67,7 +67,6 @@ def coco_file(path: Path, annotations: list[dict]) -> Path:
 
 @pytest.fixture
 def instances(tmp_path):
-    pytest.importorskip("pycocotools", reason="an optional package: pip install pycocotools")
     rle = {"size": [20, 30], "counts": [0, 20, 580]}  # column by column: the first one
     return coco_file(
         tmp_path / "instances.json",
