@@ -20,7 +20,9 @@ from errors import UserError, need
 from files import OUTSIDE
 from layouts import CAMVID, CITYSCAPES, PASCAL, SUN, Sample, voc_palette
 from mixing import IGNORE
-from transforms import resize_image, resize_nearest
+from transforms import keep_known, resize_image, resize_nearest
+
+SPARSE = 0.5  # a label that covers less than this share of its image is sparse
 
 
 def value_table(values: dict[int, int]) -> np.ndarray:
@@ -80,7 +82,12 @@ class Source:
         image = resize_image(files.to_rgb(picture), size)
         if not sample.label:
             return image, torch.full(size, IGNORE, dtype=torch.uint8)
-        return image, resize_nearest(torch.from_numpy(self.read_label(sample, stored)), size)
+        label = torch.from_numpy(self.read_label(sample, stored))
+        small = resize_nearest(label, size)
+        sparse = (label != IGNORE).float().mean() < SPARSE  # points, strokes
+        if self.own_files and sparse and size != stored:
+            small = keep_known(small[None], label[None])[0]
+        return image, small
 
     def read_label(self, sample: Sample, size: tuple[int, int] | None = None) -> np.ndarray:
         """Class ids uint8 [H, W] as on disk; `size` is that of the image, which it must share."""
@@ -96,6 +103,7 @@ class Source:
             self.max_size,
             None if self.table is None else self.table.tobytes(),
             self.colours,
+            *(["known pixels kept"] if self.own_files else []),
         ]
         key = hashlib.sha256(repr(content).encode()).hexdigest()
         path = self.cache_dir / key[:2] / f"{key[2:34]}.npy"

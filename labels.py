@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import files
-from data import Sample, Source
+from data import SPARSE, Sample, Source
 from errors import UserError, need, note
 from mixing import IGNORE
 from transforms import resize_nearest
@@ -239,7 +239,7 @@ def check_folder(source: Source, quiet: bool = True) -> set[Sample]:
     if absent and not quiet:
         more = " ..." if len(absent) > 5 else ""
         note(f"no label holds {', '.join(absent[:5])}{more}, which classes.txt names")
-    return {s for s in source.train if s.label and entries[s]["share"] < 0.5}
+    return {s for s in source.train if s.label and entries[s]["share"] < SPARSE}
 
 
 def check_classes(labelled: dict[Sample, dict]) -> None:

@@ -52,16 +52,20 @@ def shrink_label(label: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def shrink_known(known: Tensor, size: tuple[int, int]) -> Tensor:
-    """Sparse labels int64 [B, H, W], 255 = unknown, at the size (h, w) of the representation.
+    """Sparse labels int64 [B, H, W], 255 = unknown, at the size (h, w) of the representation:
+    `shrink_label`, but a known pixel is not lost."""
+    return keep_known(shrink_label(known, size), known)
 
-    A cell has the label of its nearest pixel, or if that is unknown of any other known one in it
-    (of several classes the last). Nearest sampling alone would lose 15 of 16 single pixels at
-    stride 4.
+
+def keep_known(small: Tensor, known: Tensor) -> Tensor:
+    """Labels [B, h, w] made smaller by nearest sampling, in which an unknown cell (255) takes a
+    known pixel of its own, if `known` [B, H, W] has one there (of several classes the last).
+
+    Of single pixels, nearest sampling alone would lose 15 of 16 at a quarter of the size.
     """
-    nearest = shrink_label(known, size)
-    numbers = torch.where(known == 255, -1, known)[:, None].float()
-    any_known = F.adaptive_max_pool2d(numbers, tuple(size))[:, 0].to(known.dtype)
-    return torch.where((nearest == 255) & (any_known >= 0), any_known, nearest)
+    numbers = torch.where(known == IGNORE, -1.0, known.float())[:, None]
+    last = F.adaptive_max_pool2d(numbers, tuple(small.shape[-2:]))[:, 0]
+    return torch.where((small == IGNORE) & (last >= 0), last.to(small.dtype), small)
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
