@@ -43,7 +43,7 @@ RECIPES = {
         rep_dim=64,
         crop_size=[224],
         batch_size=4,
-        lr=0.02,
+        lr=0.04,
         iterations=2000,
     ),
     # no pretrained weights, 64x64 images: a small network of output stride 8 with a decoder at
