@@ -84,8 +84,8 @@ class Source:
             return image, torch.full(size, IGNORE, dtype=torch.uint8)
         label = torch.from_numpy(self.read_label(sample, stored))
         small = resize_nearest(label, size)
-        sparse = (label != IGNORE).float().mean() < SPARSE  # points, strokes
-        if self.own_files and sparse and size != stored:
+        # points and strokes, which must not get lost
+        if self.own_files and size != stored and (label != IGNORE).float().mean() < SPARSE:
             small = keep_known(small[None], label[None])[0]
         return image, small
 
