@@ -1,6 +1,7 @@
 """Start of a run: devices, network, optimiser, learning rate, seeds, and the line that says so."""
 
 import argparse
+import copy
 import os
 import shlex
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from checkpoint import load_weights, read_config, read_weights
 from data import Source
-from errors import need
+from errors import UserError, need
 from models import DeepLabV3Plus
 from processes import COLLECTIVE_LIMIT, cores, start_server
 
@@ -76,6 +77,7 @@ def new_model(
     pretrained = args.pretrained and fresh and not args.init_from
     weights = args.backbone_weights if pretrained else None
     model = DeepLabV3Plus(**shape, pretrained=pretrained, backbone_weights=weights)
+    check_crop(model, args)
     if args.init_from and fresh:
         init_from(model, Path(args.init_from), source.classes)
     config = {
@@ -98,6 +100,21 @@ def new_model(
     if args.backbone_lr_scale == 0:
         model.freeze_backbone()
     return model.to(accelerator.device, memory_format=torch.channels_last), config
+
+
+def check_crop(model: DeepLabV3Plus, args: argparse.Namespace) -> None:
+    """UserError where nothing is left of the training crop in the depth of the backbone; computes
+    nothing."""
+    shapes = copy.deepcopy(model).to("meta").eval()
+    try:
+        shapes(torch.empty(1, 3, *args.crop_size, device="meta"))
+    except Exception as error:  # whatever the backbone's code raises
+        sides = " ".join(map(str, args.crop_size))
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--crop-size {sides} does not suit --backbone {args.backbone} ({reason}); take a "
+            "larger crop, or another backbone"
+        ) from error
 
 
 def init_from(model: DeepLabV3Plus, folder: Path, classes: list[str]) -> None:

@@ -146,6 +146,12 @@ def cases(tmp: Path) -> dict[str, tuple[list, str]]:
         "paper",
     )
     case("crop", [next(train), "--crop-size", "8"], "--crop-size")
+    deep = ["--backbone", "vgg11_bn", "--no-pretrained", "--output-stride", "32"]
+    case(
+        "crop and backbone",
+        ["train_semi.py", *deep, "--decoder-stride", "4", "--crop-size", "16"],
+        "--crop-size 16 16",
+    )
     case("scale", [next(train), "--scale", "2", "1"], "--scale")
     case("no such list", [next(train), "--labeled-list", tmp / "nolist.txt"], "nolist.txt")
     case("init from nothing", [next(train), "--init-from", tmp / "norun"], "norun")
