@@ -20,9 +20,13 @@ from errors import UserError, need
 from files import OUTSIDE
 from layouts import CAMVID, CITYSCAPES, PASCAL, SUN, Sample, voc_palette
 from mixing import IGNORE
-from transforms import keep_known, resize_image, resize_nearest
+from transforms import resize_image, resize_label
 
-SPARSE = 0.5  # a label that covers less than this share of its image is sparse
+SPARSE = 0.5  # a label that covers less than this share of its image is sparse: points, strokes
+
+
+def is_sparse(label: Tensor) -> bool:
+    return (label != IGNORE).float().mean().item() < SPARSE
 
 
 def value_table(values: dict[int, int]) -> np.ndarray:
@@ -83,11 +87,7 @@ class Source:
         if not sample.label:
             return image, torch.full(size, IGNORE, dtype=torch.uint8)
         label = torch.from_numpy(self.read_label(sample, stored))
-        small = resize_nearest(label, size)
-        # points and strokes, which must not get lost
-        if self.own_files and size != stored and (label != IGNORE).float().mean() < SPARSE:
-            small = keep_known(small[None], label[None])[0]
-        return image, small
+        return image, resize_label(label, None, size, self.own_files and is_sparse(label))[0]
 
     def read_label(self, sample: Sample, size: tuple[int, int] | None = None) -> np.ndarray:
         """Class ids uint8 [H, W] as on disk; `size` is that of the image, which it must share."""

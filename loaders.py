@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import processes
-from data import Sample, Source
+from data import Sample, Source, is_sparse
 from errors import UserError
 from labels import partial_label
 from mixing import IGNORE
@@ -52,8 +52,9 @@ class TrainingCrops(Dataset):
         if self.label_ratio:
             kept = partial_label(label.numpy(), self.label_ratio, self.seed, sample.name)
             label = torch.from_numpy(kept)
-        rng = np.random.default_rng(seed)
-        image, label, _ = random_scale_crop(image, label, None, self.crop, self.scale, rng)
+        sparse = bool(self.label_ratio) or (self.source.own_files and is_sparse(label))
+        view = self.crop, self.scale, np.random.default_rng(seed), sparse
+        image, label, _ = random_scale_crop(image, label, None, *view)
         return image, label, index
 
 

@@ -139,9 +139,8 @@ def train_step(
     mark("augmentation")
     label_u, confidence = pseudo_label(teacher, images_u, known, accelerator)
     mark("teacher")
-    view = batch_scale_crop(
-        images_u, label_u, confidence, tuple(args.crop_size), tuple(args.scale), rng
-    )
+    crop, scale = tuple(args.crop_size), tuple(args.scale)
+    view = batch_scale_crop(images_u, label_u, confidence, crop, scale, rng, args.partial)
     view = mix(*view, args.mixing_strategy, fill=teacher.model.mean[0])
     images_u, label_u, confidence = augment(*view, rng)
     mark("augmentation")

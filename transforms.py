@@ -42,6 +42,24 @@ def resize_nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
     return resized[0, 0].to(values.dtype)
 
 
+def resize_label(
+    label: Tensor, confidence: Tensor | None, size: tuple[int, int], sparse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """A label [H, W] and its confidence [H, W] (or None) at the size (h, w), by `resize_nearest`.
+
+    sparse  the label is of single pixels and strokes, which are not lost where the size is smaller
+            (not in the paper). With a confidence only what is known of it: confidence 1
+    """
+    small = resize_nearest(label, size)
+    sure = None if confidence is None else resize_nearest(confidence, size)
+    if not sparse or size[0] >= label.shape[0]:
+        return small, sure
+    known = label if confidence is None else torch.where(confidence == 1, label, IGNORE)
+    known = keep_known(resize_nearest(known, size)[None], known[None])[0]
+    kept = known != IGNORE
+    return torch.where(kept, known, small), None if sure is None else torch.where(kept, 1.0, sure)
+
+
 def shrink_label(label: Tensor, size: tuple[int, int]) -> Tensor:
     """Labels, masks or confidences [B, H, W] at the size (h, w) of the representation.
 
@@ -95,12 +113,14 @@ def random_scale_crop(
     crop: tuple[int, int],
     scale: tuple[float, float],
     rng: np.random.Generator,
+    sparse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scale by a uniform factor, pad to the crop's size, crop at random; all three together.
 
     image       [3, H, W] uint8 or float: bilinear with antialiasing, padded by reflection
     label       [H, W] integer: nearest, padded with 255
     confidence  [H, W] float or None: nearest, padded with 0
+    sparse      whether known pixels are kept where the image gets smaller, see `resize_label`
     Padding lies on the right and below. Returns the three at the size of the crop.
     """
     factor = rng.uniform(*scale)
@@ -112,9 +132,10 @@ def random_scale_crop(
     missing = (0, max(crop[1] - scaled[1], 0), 0, max(crop[0] - scaled[0], 0))
 
     image = reflect_pad(resize_image(image, scaled), *crop)[window]
-    label = F.pad(resize_nearest(label, scaled), missing, value=IGNORE)[window]
+    label, confidence = resize_label(label, confidence, scaled, sparse)
+    label = F.pad(label, missing, value=IGNORE)[window]
     if confidence is not None:
-        confidence = F.pad(resize_nearest(confidence, scaled), missing, value=0)[window]
+        confidence = F.pad(confidence, missing, value=0)[window]
     return image, label, confidence
 
 
@@ -125,6 +146,7 @@ def batch_scale_crop(
     crop: tuple[int, int],
     scale: tuple[float, float],
     rng: np.random.Generator,
+    sparse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`random_scale_crop` of each image of a batch, on its device.
 
@@ -133,7 +155,7 @@ def batch_scale_crop(
     if scale == (1.0, 1.0) and tuple(images.shape[-2:]) == tuple(crop):
         return images, labels, confidence
     cropped = [
-        random_scale_crop(*sample, crop, scale, rng)
+        random_scale_crop(*sample, crop, scale, rng, sparse)
         for sample in zip(images, labels, confidence, strict=True)
     ]
     images, labels, confidence = zip(*cropped, strict=True)

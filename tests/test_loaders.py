@@ -87,6 +87,28 @@ def test_training_crops_keep_the_same_pixels():
     assert not torch.equal(label, other_seed[0, 1][1])
 
 
+def test_training_crops_lose_no_known_pixel():
+    """Scaled by 0.5 to 0.6, a crop holds the whole scene: every class keeps its pixel."""
+    source = data.load_source("street", None)
+    crops = TrainingCrops(source, source.train[:2], (40, 40), (0.5, 0.6), "p0", 7)
+    classes = set(source.read(source.train[0])[1].unique().tolist())
+    for seed in range(10):
+        _, label, _ = crops[0, seed]
+        assert set(label[label != IGNORE].tolist()) == classes
+
+
+def test_training_crops_keep_a_users_points(tmp_path):
+    root = trees.folder(tmp_path / "data", size=(32, 40))
+    file = next((root / "labels" / "train").iterdir())
+    points = np.full((32, 40), IGNORE, np.uint8)
+    points[3::8, 5::10] = 1  # 16, far apart
+    Image.fromarray(points).save(file)
+    source = data.load_source("folder", root)
+    sample = next(s for s in source.train if s.name == file.stem)
+    crops = TrainingCrops(source, [sample], (24, 24), (0.5, 0.6))
+    assert all((crops[0, seed][1] == 1).sum() >= 16 for seed in range(10))
+
+
 @pytest.fixture
 def folder(tmp_path):
     return trees.folder(tmp_path / "data", size=(32, 40), unlabelled=3)

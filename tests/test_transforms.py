@@ -174,6 +174,28 @@ def assert_uniform(values, low, high, name=""):
     assert distance < 1.95 / number**0.5, name
 
 
+@pytest.mark.parametrize("with_confidence", [True, False])
+def test_single_known_pixels_are_not_lost_by_scaling(with_confidence):
+    """Of 40 pixels, far apart, some are met by nearest sampling at 0.5 to 1; `sparse` keeps all."""
+    image, other = torch.zeros(3, 60, 72), 9 if with_confidence else 255
+    label = torch.full((60, 72), other)
+    label[5::12, 4::9] = torch.arange(40).view(5, 8) % 4
+    confidence = (label != other).float() if with_confidence else None
+    few = 0
+    for seed, sparse in itertools.product(range(20), (False, True)):
+        sample = image, label, confidence, (60, 72), (0.5, 1.0)
+        _, new, sure = transforms.random_scale_crop(*sample, rng(seed), sparse)
+        known = new < 4
+        assert new.dtype == label.dtype
+        if sparse:
+            assert torch.bincount(new[known]).min() >= 10
+        else:
+            few += int(torch.bincount(new[known], minlength=4).min() < 10)
+        if with_confidence:
+            assert torch.equal(sure == 1, known)
+    assert few > 10  # 20 but for scales near 1
+
+
 def test_crops_are_uniform():
     """The position of every crop is read off an image that tells its rows and columns."""
     y, x = torch.meshgrid(torch.arange(20.0), torch.arange(30.0), indexing="ij")
