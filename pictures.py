@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mixing import IGNORE
 from prediction import predict_probabilities
-from transforms import shrink_label, to_float
+from transforms import shrink_known, to_float
 
 
 def paint(label: Tensor, palette) -> Tensor:
@@ -112,7 +112,7 @@ def add_embedding(writer: SummaryWriter, network: nn.Module, images, source, dev
     for index in spread_indices(len(images), 24):
         image, label, _ = images[index]
         rep = network(to_float(image[None], device))[1][0].float().cpu()  # [D, h, w]
-        small = shrink_label(label[None], rep.shape[-2:])[0].flatten()
+        small = shrink_known(label[None], rep.shape[-2:])[0].flatten()
         for c in small.unique().tolist():
             if c == IGNORE:
                 continue
@@ -121,7 +121,7 @@ def add_embedding(writer: SummaryWriter, network: nn.Module, images, source, dev
             vectors.append(rep.flatten(1)[:, pixels].T)
             classes += [c] * len(pixels)
     network.train()
-    if not classes:  # a few labelled pixels, none of which is left at the representation's size
+    if not classes:  # none of these images has a labelled pixel
         return
     colours = torch.tensor([source.palette[c] for c in classes]) / 255
     squares = colours[:, :, None, None].expand(-1, -1, 8, 8)
