@@ -1,7 +1,6 @@
 """Start of a run: devices, network, optimiser, learning rate, seeds, and the line that says so."""
 
 import argparse
-import copy
 import os
 import shlex
 from pathlib import Path
@@ -105,16 +104,19 @@ def new_model(
 def check_crop(model: DeepLabV3Plus, args: argparse.Namespace) -> None:
     """UserError where nothing is left of the training crop in the depth of the backbone; computes
     nothing."""
-    shapes = copy.deepcopy(model).to("meta").eval()
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    shapes = {name: tensor.to("meta") for name, tensor in tensors}
     try:
-        shapes(torch.empty(1, 3, *args.crop_size, device="meta"))
+        images = torch.empty(1, 3, *args.crop_size, device="meta")
+        torch.func.functional_call(model.eval(), shapes, images)
     except Exception as error:  # whatever the backbone's code raises
         sides = " ".join(map(str, args.crop_size))
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"--crop-size {sides} does not suit --backbone {args.backbone} ({reason}); take a "
             "larger crop, or another backbone"
         ) from error
+    model.train()
 
 
 def init_from(model: DeepLabV3Plus, folder: Path, classes: list[str]) -> None:
