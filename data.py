@@ -22,10 +22,11 @@ from layouts import CAMVID, CITYSCAPES, PASCAL, SUN, Sample, voc_palette
 from mixing import IGNORE
 from transforms import resize_image, resize_label
 
-SPARSE = 0.5  # a label that covers less than this share of its image is sparse: points, strokes
+SPARSE = 0.5  # a label that covers less than this share of its image is sparse
 
 
 def is_sparse(label: Tensor) -> bool:
+    """Whether a label [H, W] covers so little of its image that it is made of points or strokes."""
     return (label != IGNORE).float().mean().item() < SPARSE
 
 

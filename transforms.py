@@ -47,8 +47,8 @@ def resize_label(
 ) -> tuple[Tensor, Tensor | None]:
     """A label [H, W] and its confidence [H, W] (or None) at the size (h, w), by `resize_nearest`.
 
-    sparse  the label is of single pixels and strokes, which are not lost where the size is smaller
-            (not in the paper). With a confidence only what is known of it: confidence 1
+    sparse  known pixels, single ones or strokes, are not lost where the size is smaller (not in the
+            paper): those that are not 255 or, with a confidence, those of confidence 1
     """
     small = resize_nearest(label, size)
     sure = None if confidence is None else resize_nearest(confidence, size)
