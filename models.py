@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from backbones import build_backbone, input_statistics
+from backbones import build_backbone, input_statistics, split_dilation
 from checkpoint import best_miou, load_weights, read_config, read_weights
 from errors import UserError
 from files import read_image, to_rgb, write_json
@@ -67,6 +67,7 @@ class DeepLabV3Plus(nn.Module):
         self.backbone, low_width, high_width, self.multiple = build_backbone(
             backbone, pretrained, output_stride, decoder_stride, backbone_weights
         )
+        split_dilation(self.backbone)
         self.decoder_stride, self.frozen = decoder_stride, False
         self.aspp = ASPP(high_width, channels, aspp_rates)
         self.low_level = conv_bn_relu(low_width, low_channels, 1)

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import arguments
 import options
-from backbones import build_backbone
+from backbones import DilatedDepthwise, build_backbone
 from errors import UserError
 from models import DeepLabV3Plus
 
@@ -75,6 +76,40 @@ def test_images_are_normalised_as_the_backbone_was_trained(backbone, mean, std):
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model(x)[0], bare((x - model.mean) / model.std)[0])
+
+
+# ---------------------------------------------------------------------------- dilated depthwise
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "height", "width"), [(5, 2, 14, 14), (3, 2, 15, 9), (7, 4, 9, 14)]
+)
+def test_dilated_depthwise_is_the_plain_convolution(kernel, dilation, height, width):
+    torch.manual_seed(0)
+    options = dict(padding=dilation * (kernel // 2), dilation=dilation, groups=16)
+    conv = DilatedDepthwise(16, 16, kernel, **options)
+    x = torch.randn(2, 16, height, width).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    results = []
+    for y in (conv(x), F.conv2d(x, conv.weight, conv.bias, **options)):
+        y.square().sum().backward()
+        results.append((y, x.grad, conv.weight.grad, conv.bias.grad))
+        x.grad = None
+        conv.zero_grad()
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    assert results[0][0].stride()[1] == 1  # channels last stays
+    with torch.no_grad():
+        torch.testing.assert_close(conv.eval()(x), results[0][0])
+
+
+@pytest.mark.parametrize(("backbone", "number"), [(LITE, 4), ("convnext_atto", 2), ("resnet18", 0)])
+def test_dilated_depthwise_convolutions_of_a_backbone(backbone, number):
+    model = network(backbone)
+    convs = [m for m in model.backbone.modules() if isinstance(m, DilatedDepthwise)]
+    assert len(convs) == number
+    plain = timm.create_model(backbone, features_only=True).state_dict()
+    assert {f"backbone.{key}" for key in plain} >= {
+        key for key in model.state_dict() if key.startswith("backbone.")
+    }
 
 
 # -------------------------------------------------------------------------- weights from a file
