@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 IGNORE = 255
-STRATEGIES = ("cutout", "cutmix", "classmix")
+STRATEGIES = ("cutout", "cutmix", "classmix", "none")
 
 
 @torch.no_grad()
@@ -19,8 +19,11 @@ def mix(
     cutmix    that rectangle comes from the next image
     classmix  a random half (rounded down) of the classes in the label is kept, the rest comes from
               the next image
+    none      all three as they are
     Returns the mixed three. Nothing waits for the device. Raises ValueError for another strategy.
     """
+    if strategy == "none":
+        return images, labels, confidence
     if strategy == "classmix":
         keep = class_mask(labels)
     elif strategy in ("cutout", "cutmix"):

@@ -42,7 +42,8 @@ def parse_options(argv=None) -> argparse.Namespace:
         "--mixing-strategy",
         choices=STRATEGIES,
         default="classmix",
-        help="how unlabelled images are mixed",
+        help="how unlabelled images are mixed (none: with one labelled pixel per class and image "
+        "that was better on the streets, docs/results.md)",
     )
     add(
         "--weak-threshold",

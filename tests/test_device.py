@@ -74,6 +74,7 @@ OPTIONS = {
     "classmix + ReCo": ["--reco"],
     "cutmix": ["--mixing-strategy", "cutmix", "--reco"],
     "cutout": ["--mixing-strategy", "cutout", "--reco"],
+    "not mixed": ["--mixing-strategy", "none", "--reco"],
     "independent draws": ["--reco", "--reco-sampling", "independent"],
     "random queries and keys": ["--reco", "--reco-random-queries", "--reco-random-keys"],
     "partial labels": ["--reco", "--label-ratio", "p0"],

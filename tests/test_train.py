@@ -149,7 +149,8 @@ EVERYTHING = [
     "train_semi.py --dataset pascal --num-labeled 3 --mixing-strategy cutmix --model deeplabv3plus",
     "train_semi.py --dataset pascal --label-ratio p25 --mixing-strategy cutout --reco "
     "--reco-sampling independent --reco-num-queries 8 --reco-num-negatives 8",
-    "train_semi.py --dataset sun --num-labeled 0 --reco --warmup-iterations 1",
+    "train_semi.py --dataset sun --num-labeled 0 --reco --warmup-iterations 1 "
+    "--mixing-strategy none",
     "train_semi.py --dataset camvid --num-labeled 2 --reco --mixing-strategy cutmix",
     "train_supervised.py --dataset sun --label-ratio p5 --reco --cache-dir CACHE",
     "train_semi.py --dataset folder --recipe street --num-labeled 2 --reco",
