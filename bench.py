@@ -1,9 +1,11 @@
-"""Time a training step by part, with and without ReCo, and the loss alone, on synthetic images.
+"""Time a training step by part, with and without ReCo, and the loss alone, on synthetic images, and
+with --data-path the run's loaders on its own.
 
     python bench.py                                   # street on whatever is there
     python bench.py --dataset cityscapes --steps 20   # ResNet-101, 2 + 2 crops of 512x512
     python bench.py --script train_supervised.py --dataset pascal --backbone resnet50
     accelerate launch --mixed_precision bf16 bench.py --dataset cityscapes --compile
+    python bench.py --dataset cityscapes --data-path dataset/cityscapes --num-workers 8
     python bench.py --loss-only                       # the loss alone, and how its cost grows
 
 Options it does not know itself are those of the training script. Random weights; every other number
@@ -15,6 +17,7 @@ import json
 import os
 import resource
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,13 +26,16 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
 import run
 import train_semi
 import train_supervised
-from data import Source
+from data import Source, load_source
 from files import write
+from labels import divide
+from loaders import training_loader
 from models import MeanTeacher
 from options import new_parser, positive
 from processes import launch
@@ -108,9 +114,45 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def matrix_rate(accelerator) -> float:
+    """FLOP/s of a large matrix product on the device in the precision of the run, the best of five:
+    what a network can hope for at most."""
+    precisions = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    size = 8192 if accelerator.device.type == "cuda" else 1024
+    dtype = precisions.get(accelerator.mixed_precision, torch.float32)
+    matrix = torch.randn(size, size, device=accelerator.device).to(dtype)
+    clock, times = Clock(accelerator.device), []
+    for _ in range(6):
+        clock.restart()
+        matrix @ matrix
+        clock.mark("product")
+        times.append(clock.parts["product"])
+    return 2 * size**3 / min(times[1:])
+
+
+def convolution_backward(
+    grad_out, image, weight, bias, stride, padding, dilation, *rest, **_
+) -> int:
+    """Operations of a convolution's gradient, from the shapes: those of the forward pass for the
+    image and for the weight, each where it is asked for. The formula of PyTorch 2.14 counts a
+    depthwise weight gradient as if every channel met every other (pytorch/pytorch#183405)."""
+    transposed, _padding, _groups, (of_image, of_weight, _bias) = rest
+    return (of_image + of_weight) * conv_flop_count(image, weight, grad_out, transposed)
+
+
+def count_operations() -> FlopCounterMode:
+    """Counts, while it is entered, the operations of convolutions and matrix products."""
+    formulas = {torch.ops.aten.convolution_backward: convolution_backward}
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
 # ------------------------------------------------------------------------------------- the step
-def time_steps(args, accelerator, steps: int) -> dict:
-    """Median seconds of each part of the step over `steps` steps, after three to warm up."""
+def time_steps(args, accelerator, steps: int, rate: float, trace: str | None) -> dict:
+    """Median seconds of each part of the step over `steps` steps, after three to warm up.
+
+    Then one step more to count the operations of convolutions and matrix products, forward and
+    backward: their share of `rate` (FLOP/s of `matrix_rate`) is how well the device is used. And
+    one for a timeline of every operation in the file `trace`."""
     classes, device = CLASSES[args.dataset], accelerator.device
     names = [str(i) for i in range(classes)]
     source = Source(args.dataset, names, [(i, i, i) for i in range(classes)], [], [])
@@ -124,8 +166,7 @@ def time_steps(args, accelerator, steps: int) -> dict:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    progress = tqdm(range(steps + 3), f"{args.method}, {args.dataset}", unit="step", leave=False)
-    for step in progress:
+    def one_step(step: int) -> None:
         batches = [random_batch(args, classes, device) for _ in range(2)]
         rng = run.seed_step(args.seed, step, 0)
         clock.restart()
@@ -133,8 +174,19 @@ def time_steps(args, accelerator, steps: int) -> dict:
             train_semi.train_step(*batches, student, teacher, optimizer, rng=rng, **common)
         else:
             train_supervised.train_step(batches[0], student, optimizer, rng=rng, **common)
+
+    progress = tqdm(range(steps + 3), f"{args.method}, {args.dataset}", unit="step", leave=False)
+    for step in progress:
+        one_step(step)
         times.append(dict(clock.parts))
-    timed = times[3:]
+    timed, memory = times[3:], peak_memory(device)
+    with count_operations() as counter:
+        one_step(steps + 3)
+    if trace:
+        with torch.profiler.profile() as profile:
+            one_step(steps + 4)
+        if accelerator.is_main_process:
+            write_trace(profile, Path(trace))
     parts = {part: statistics.median(t.get(part, 0.0) for t in timed) for part in PARTS}
     total = statistics.median(sum(t.values()) for t in timed)
     per_process = args.batch_size * (2 if args.script == "train_semi.py" else 1)
@@ -149,8 +201,50 @@ def time_steps(args, accelerator, steps: int) -> dict:
         "seconds": parts,
         "step": total,
         "images per second": images / total,
-        "peak memory MB": peak_memory(device),
+        "peak memory MB": memory,
+        "GFLOP": counter.get_total_flops() / 1e9,
+        "share of matrix rate": counter.get_total_flops() / total / rate,
         "ReCo share": parts["ReCo"] / total,
+    }
+
+
+def write_trace(profile: torch.profiler.profile, path: Path) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:  # the profiler writes to a name alone
+        profile.export_chrome_trace(file.name)
+        content = Path(file.name).read_bytes()
+    write(path, lambda file: file.write(content))
+
+
+# ------------------------------------------------------------------------------------ the images
+def time_loaders(args, accelerator, steps: int) -> dict:
+    """Images per second that the loaders of the training script deliver while nothing else runs,
+    over `steps` steps or more, after those that the processes read ahead."""
+    source = load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
+    labels = args.num_labeled, args.label_ratio, args.labeled_list
+    division = divide(source, *labels, args.seed, quiet=True)
+    ahead = 3 + 2 * args.num_workers
+    steps = max(steps, 8 * args.num_workers)
+    args = argparse.Namespace(**{**vars(args), "iterations": ahead + steps})
+    kinds = [("labelled", division.labelled, args.scale)]
+    if (
+        args.script == "train_semi.py"
+    ):  # which scales the unlabelled images after the teacher saw them
+        kinds.append(("unlabelled", division.unlabelled, (1.0, 1.0)))
+    loaders = [
+        training_loader(name, source, samples, args, accelerator, 0, stream, scale)
+        for stream, (name, samples, scale) in enumerate(kinds)
+    ]
+    batches = zip(*loaders, strict=True)
+    for _ in tqdm(range(ahead), "loaders, reading ahead", unit="step", leave=False):
+        next(batches)
+    begun = time.perf_counter()
+    for _ in tqdm(batches, "loaders", total=steps, unit="step", leave=False):
+        pass
+    images = len(loaders) * args.batch_size * accelerator.num_processes * steps
+    return {
+        "num workers": args.num_workers,
+        "cache": bool(args.cache_dir),
+        "images per second": images / (time.perf_counter() - begun),
     }
 
 
@@ -191,7 +285,6 @@ def extra_memory(rep, label, prob, valid) -> float:
 
     The allocations of one call as the profiler saw them, in order; on a GPU and on a CPU alike."""
     rep.grad = None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without the profiler's own lines
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         reco_loss(rep, label, prob, valid).backward()
@@ -231,7 +324,8 @@ def print_steps(row: dict) -> None:
     print(
         f"{row['dataset'] + ' ' + row['method']:24s}{parts}{1000 * row['step']:10.1f}"
         f"{row['images per second']:10.1f}{row['peak memory MB']:9.0f}"
-        f"{100 * row['ReCo share']:6.1f}%",
+        f"{100 * row['ReCo share']:6.1f}%{row['GFLOP']:9.1f}"
+        f"{100 * row['share of matrix rate']:6.1f}%",
         flush=True,
     )
 
@@ -258,11 +352,17 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
         "pixels and channels",
     )
     add("--json", metavar="FILE", help="write the figures there too")
+    add(
+        "--trace",
+        metavar="FILE",
+        help="write a timeline of every operation of one step there, for ui.perfetto.dev",
+    )
     return parser.parse_known_args()
 
 
 def main() -> None:
     own, rest = parse_options()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without the profiler's own lines
     rest += ["--no-pretrained", "--log-with", "none"]
 
     def training_options(*extra: str) -> argparse.Namespace:
@@ -276,18 +376,25 @@ def main() -> None:
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    results = {"device": name, "torch": torch.__version__, "steps": [], "loss": []}
+    rate = matrix_rate(accelerator)
+    results = {"device": name, "torch": torch.__version__, "matrix FLOP/s": rate}
+    results |= {"steps": [], "loss": [], "loaders": []}
     accelerator.print(
         f"{name}, torch {torch.__version__}, precision {accelerator.mixed_precision}"
-        f"{', compiled' if args.compile else ''}"
+        f"{', compiled' if args.compile else ''}; matrix products: {rate / 1e9:,.0f} GFLOP/s"
     )
+    if args.data_path and not own.loss_only:
+        results["loaders"].append(row := time_loaders(args, accelerator, own.steps))
+        accelerator.print(
+            f"loaders of {args.num_workers} processes each: {row['images per second']:.1f} images/s"
+        )
     if not own.loss_only:
         columns = "".join(f"{part:>16s}" for part in [*PARTS])
         head = f"{'ms':24s}{columns}{'step':>10s}{'images/s':>10s}{'peak MB':>9s}{'ReCo':>7s}"
-        accelerator.print(f"\n{head}")
+        accelerator.print(f"\n{head}{'GFLOP':>9s}{'use':>7s}")
         with_reco = ["--reco"] if args.model == "reconet" and not args.reco else []
         for extra in [[], with_reco] if with_reco else [[]]:
-            row = time_steps(training_options(*extra), accelerator, own.steps)
+            row = time_steps(training_options(*extra), accelerator, own.steps, rate, own.trace)
             results["steps"].append(row)
             if main_process:
                 print_steps(row)
