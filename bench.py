@@ -19,6 +19,7 @@ import resource
 import statistics
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from unittest import mock
@@ -180,7 +181,9 @@ def time_steps(args, accelerator, steps: int, rate: float, trace: str | None) ->
         one_step(step)
         times.append(dict(clock.parts))
     timed, memory = times[3:], peak_memory(device)
-    with count_operations() as counter:
+    # not compiled: the formulas know PyTorch's own operations; the counter's hooks would warn
+    eager = torch.compiler.set_stance("force_eager")
+    with warnings.catch_warnings(action="ignore"), eager, count_operations() as counter:
         one_step(steps + 3)
     if trace:
         with torch.profiler.profile() as profile:
