@@ -32,6 +32,15 @@ def script(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    import torch  # once the threads are set above
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return request.param
+
+
 # The slow files come first, so that processes that share the files (pytest -n) end together.
 SLOW = ("test_resume", "test_train", "test_processes", "test_bad_input", "test_evaluate")
 

@@ -1,15 +1,19 @@
-"""The training steps on a GPU that is not there: tensors that say "cuda" and hold no values.
+"""The training steps on a GPU: on one that is not there, and at the end on a real one, if any.
+
+The first are given tensors that say "cuda" and hold no values.
 
 An operation that brings tensors of two devices together raises, and so does whatever would read a
 value (.item(), nonzero, a boolean mask, an if): on a GPU those make the host wait. Only backward is
 left out; it needs the real device."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import train_semi
@@ -50,8 +54,8 @@ def batch(size=SIZE):
     return images, torch.empty(2, size, size, dtype=torch.uint8)
 
 
-def network(args):
-    with torch.device("cuda"):
+def network(args, device="cuda"):
+    with torch.device(device):
         return DeepLabV3Plus(
             CLASSES,
             args.backbone,
@@ -120,3 +124,62 @@ def test_a_mistake_is_found():
 
 def draws():
     return np.random.default_rng(0)
+
+
+# ------------------------------------------------------------------------------------ with values
+@pytest.fixture(params=["no", "bf16"])
+def real_accelerator(request, device):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=device == "cpu", mixed_precision=request.param)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def no_waiting(device):
+    """An error, on a GPU, where the host waits for it."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def real_batch(device, size=SIZE):
+    images, label = batch(size)
+    images.random_(256)
+    label.random_(CLASSES)
+    return (images.pin_memory(), label.pin_memory()) if device == "cuda" else (images, label)
+
+
+@pytest.mark.parametrize("name", ["supervised", "supervised + ReCo", *OPTIONS])
+def test_a_real_step_learns_and_waits_for_nothing(name, device, real_accelerator):
+    semi, options = name in OPTIONS, OPTIONS.get(name, ["--reco"] if "ReCo" in name else [])
+    args = (train_semi if semi else train_supervised).parse_options([*SMALL, *options])
+    args.partial, args.crop_size = args.label_ratio is not None, [SIZE, SIZE]
+    torch.manual_seed(0)
+    model = network(args, "cpu").to(device)
+    teacher = MeanTeacher(model)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    student, optimizer = real_accelerator.prepare(model, sgd)
+    labelled, unlabelled = real_batch(device), real_batch(device, 2 * SIZE)
+    if not args.partial:
+        unlabelled[1].fill_(255)
+
+    def step():
+        if semi:
+            step = train_semi.train_step
+            parts = labelled, unlabelled, student, teacher, optimizer
+        else:
+            step, parts = train_supervised.train_step, (labelled, student, optimizer)
+        return step(*parts, real_accelerator, args, draws())
+
+    step()  # the first one may wait: memory is taken, algorithms are chosen
+    with no_waiting(device):
+        losses, shown = step()
+    assert all(loss.isfinite() and loss.device.type == device for loss in losses.values())
+    assert shown["images"].device.type == device
+    for parameter in model.parameters():
+        gradient = sgd.state[parameter]["momentum_buffer"]
+        assert gradient.any() and gradient.isfinite().all()

@@ -24,12 +24,13 @@ def batch(size=4, height=24, width=36, classes=6, ignored=0.1):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_the_three_follow_one_mask(strategy, size):
+def test_the_three_follow_one_mask(strategy, size, device):
     images, label, confidence = batch(size)
-    given = images, label, confidence
+    given = [x.to(device) for x in (images, label, confidence)]
     before = [t.clone() for t in given]
-    new_images, new_label, new_confidence = mix(*given, strategy, fill=-1.0)
+    mixed = mix(*given, strategy, fill=-1.0)
     assert all(map(torch.equal, before, given))  # the arguments are left alone
+    new_images, new_label, new_confidence = (x.cpu() for x in mixed)
     removed = new_images[:, 0] == -1
     origin = new_images[:, 0].long().clamp_min(0)
     rows, columns = torch.meshgrid(torch.arange(24), torch.arange(36), indexing="ij")

@@ -34,11 +34,12 @@ def golden_options(g, setting):
     )
 
 
-def loss_and_grad(rep, label, prob, valid, **options):
-    rep = rep.detach().clone().requires_grad_()
-    loss = reco_loss(rep, label, prob, valid, **options)
+def loss_and_grad(rep, label, prob, valid, device="cpu", **options):
+    """Computed on the device, returned on the host."""
+    rep = rep.detach().clone().to(device).requires_grad_()
+    loss = reco_loss(rep, *(x.to(device) for x in (label, prob, valid)), **options)
     loss.backward()
-    return loss.detach(), rep.grad
+    return loss.detach().cpu(), rep.grad.cpu()
 
 
 class Moments:
@@ -94,14 +95,14 @@ def against_golden(setting, draws, **options):
     return ratio
 
 
-def test_golden_stratified():
-    ratios = [against_golden(setting, draws=1000) for setting in range(3)]
+def test_golden_stratified(device):
+    ratios = [against_golden(setting, draws=1000, device=device) for setting in range(3)]
     assert sum(ratios) / 3 <= 0.7
 
 
 @pytest.mark.parametrize("setting", range(3))
-def test_golden_independent(setting):
-    assert against_golden(setting, draws=250, sampling="independent") <= 1.1
+def test_golden_independent(setting, device):
+    assert against_golden(setting, draws=250, sampling="independent", device=device) <= 1.1
 
 
 # ---------------------------------------------------------------- by hand
@@ -116,12 +117,12 @@ def row_of_pixels(vectors, labels, num_classes, own_prob=0.5):
 
 
 @pytest.mark.parametrize("sampling", ["stratified", "independent"])
-def test_two_classes_by_hand(sampling):
+def test_two_classes_by_hand(sampling, device):
     # One pixel per class: the positive key is the query itself (cosine 1), all 4 negatives
     # the other pixel (cosine 0).
     inputs = row_of_pixels([[2.0, 0.0], [0.0, 3.0]], [0, 1], 2)
     loss, grad = loss_and_grad(
-        *inputs, temperature=0.5, num_queries=8, num_negatives=4, sampling=sampling
+        *inputs, device, temperature=0.5, num_queries=8, num_negatives=4, sampling=sampling
     )
     share = 4 * math.exp(0) / (math.exp(2) + 4 * math.exp(0))  # softmax mass of the negatives
     assert loss.dtype == torch.float32 and loss.shape == ()
