@@ -69,6 +69,13 @@ SETTINGS = {
     "camvid, 5 labels": Setting(f"{CAMVID} --num-labeled 5"),
     "camvid, 10 labels": Setting(f"{CAMVID} --num-labeled 10"),
     "camvid, 20 labels": Setting(f"{CAMVID} --num-labeled 20", RATES, [*TABLE, *ABLATIONS]),
+    # longer, and as many labelled photographs a step in supervised training as in the others
+    "camvid, 20 labels, 4,000 steps": Setting(
+        f"{CAMVID} --num-labeled 20 --iterations 4000 --val-interval 1000"
+    ),
+    "camvid, 20 labels, 4 labelled a step": Setting(
+        f"{CAMVID} --num-labeled 20 --batch-size 4", methods=["supervised"]
+    ),
     "camvid, 46 labels": Setting(f"{CAMVID} --num-labeled 46"),
     "camvid, 100 labels": Setting(f"{CAMVID} --num-labeled 100"),
     "camvid, 367 labels": Setting(f"{CAMVID} --num-labeled 0", (), ["supervised + ReCo", *MAIN]),
