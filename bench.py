@@ -99,10 +99,12 @@ def random_rectangles(batch: int, size, classes: int) -> torch.Tensor:
     return F.interpolate(coarse, size=tuple(size), mode="nearest")[:, 0].long()
 
 
-def random_batch(args, classes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(
+    batch_size: int, size, classes: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Images uint8 [B, 3, h, w] in which a class has a colour, and labels uint8 [B, h, w]."""
-    label = random_rectangles(args.batch_size, args.crop_size, classes)
-    noise = torch.randint(0, 50, (args.batch_size, 3, *args.crop_size))
+    label = random_rectangles(batch_size, size, classes)
+    noise = torch.randint(0, 50, (batch_size, 3, *size))
     images, label = (label[:, None] * 200 // classes + noise).byte(), label.byte()
     return (images.pin_memory(), label.pin_memory()) if device.type == "cuda" else (images, label)
 
@@ -147,6 +149,13 @@ def count_operations() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
+def batch_sizes(args) -> list[int]:
+    """Images of a step of the training script: labelled and, in train_semi.py, unlabelled."""
+    if args.script == "train_semi.py":
+        return [train_semi.labelled_batch(args), args.batch_size]
+    return [args.batch_size]
+
+
 # ------------------------------------------------------------------------------------- the step
 def time_steps(args, accelerator, steps: int, rate: float, trace: str | None) -> dict:
     """Median seconds of each part of the step over `steps` steps, after three to warm up.
@@ -168,13 +177,14 @@ def time_steps(args, accelerator, steps: int, rate: float, trace: str | None) ->
         torch.cuda.reset_peak_memory_stats(device)
 
     def one_step(step: int) -> None:
-        batches = [random_batch(args, classes, device) for _ in range(2)]
+        sizes = batch_sizes(args)
+        batches = [random_batch(size, args.crop_size, classes, device) for size in sizes]
         rng = run.seed_step(args.seed, step, 0)
         clock.restart()
         if args.script == "train_semi.py":
             train_semi.train_step(*batches, student, teacher, optimizer, rng=rng, **common)
         else:
-            train_supervised.train_step(batches[0], student, optimizer, rng=rng, **common)
+            train_supervised.train_step(*batches, student, optimizer, rng=rng, **common)
 
     progress = tqdm(range(steps + 3), f"{args.method}, {args.dataset}", unit="step", leave=False)
     for step in progress:
@@ -192,8 +202,7 @@ def time_steps(args, accelerator, steps: int, rate: float, trace: str | None) ->
             write_trace(profile, Path(trace))
     parts = {part: statistics.median(t.get(part, 0.0) for t in timed) for part in PARTS}
     total = statistics.median(sum(t.values()) for t in timed)
-    per_process = args.batch_size * (2 if args.script == "train_semi.py" else 1)
-    images = per_process * accelerator.num_processes
+    images = sum(batch_sizes(args)) * accelerator.num_processes
     accelerator.free_memory()
     return {
         "method": args.method,
@@ -227,15 +236,18 @@ def time_loaders(args, accelerator, steps: int) -> dict:
     division = divide(source, *labels, args.seed, quiet=True)
     ahead = 3 + 2 * args.num_workers
     steps = max(steps, 8 * args.num_workers)
-    args = argparse.Namespace(**{**vars(args), "iterations": ahead + steps})
+    args = argparse.Namespace(**vars(args))
+    args.iterations, args.partial = ahead + steps, division.partial
     kinds = [("labelled", division.labelled, args.scale)]
     if (
         args.script == "train_semi.py"
     ):  # which scales the unlabelled images after the teacher saw them
         kinds.append(("unlabelled", division.unlabelled, (1.0, 1.0)))
     loaders = [
-        training_loader(name, source, samples, args, accelerator, 0, stream, scale)
-        for stream, (name, samples, scale) in enumerate(kinds)
+        training_loader(name, source, samples, args, accelerator, 0, size, stream, scale)
+        for stream, (size, (name, samples, scale)) in enumerate(
+            zip(batch_sizes(args), kinds, strict=True)
+        )
     ]
     batches = zip(*loaders, strict=True)
     for _ in tqdm(range(ahead), "loaders, reading ahead", unit="step", leave=False):
@@ -243,7 +255,7 @@ def time_loaders(args, accelerator, steps: int) -> dict:
     begun = time.perf_counter()
     for _ in tqdm(batches, "loaders", total=steps, unit="step", leave=False):
         pass
-    images = len(loaders) * args.batch_size * accelerator.num_processes * steps
+    images = sum(batch_sizes(args)) * accelerator.num_processes * steps
     return {
         "num workers": args.num_workers,
         "cache": bool(args.cache_dir),

@@ -224,15 +224,24 @@ def without_main_script():
 
 
 def training_loader(
-    name: str, source: Source, samples, args, accelerator, start: int, stream: int, scale
+    name: str,
+    source: Source,
+    samples: list[Sample],
+    args,
+    accelerator,
+    start: int,
+    batch_size: int,
+    stream: int,
+    scale: tuple[float, float],
 ) -> Loader:
-    """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index [B]) for the steps from
-    `start` on. Loaders of one run differ in `stream`, the source of their draws."""
+    """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index [B]) of `batch_size` images a
+    process for the steps from `start` on. Loaders of one run differ in `stream`, the source of
+    their draws."""
     crop, scale = tuple(args.crop_size), tuple(scale)
     crops = TrainingCrops(source, samples, crop, scale, args.label_ratio, args.seed)
     sampler = StepSampler(
         len(samples),
-        args.batch_size,
+        batch_size,
         start,
         args.iterations,
         args.seed,

@@ -260,7 +260,8 @@ def add_optimisation_options(add) -> None:
         "--batch-size",
         type=positive,
         help="labelled images per step and process; train_semi.py takes as many unlabelled ones "
-        f"besides ({by_recipe('batch_size')}; train_supervised.py twice that)",
+        "besides, and with partial labels twice as many labelled ones "
+        f"({by_recipe('batch_size')}; train_supervised.py twice that)",
     )
     add(
         "--lr",

@@ -54,7 +54,7 @@ class Record:
         """Before the first step: what the run is, in one line. Nothing is written yet."""
         self.labelled, self.loaders = division.labelled, loaders
         line = start_line(
-            self.args, self.accelerator, self.folder, self.source, self.config, division
+            self.args, self.accelerator, self.folder, self.source, self.config, division, loaders
         )
         if self.args.resume:
             line += f" | goes on at step {self.step} of {self.args.iterations}"
@@ -143,7 +143,8 @@ class Record:
         means = dict(zip(self.sums, means, strict=True))
         steps = max(times for _, times in self.sums.values())
         seconds, self.since = time.monotonic() - self.since, time.monotonic()
-        images = steps * self.args.batch_size * self.accelerator.num_processes * len(self.loaders)
+        batch = sum(loader.sampler.batch_size for loader in self.loaders)
+        images = steps * batch * self.accelerator.num_processes
         losses = {name: value for name, value in means.items() if name.startswith("loss/")}
         short = {name.split("/")[1][:5]: f"{value:.3f}" for name, value in losses.items()}
         self.bar.set_postfix(short, refresh=False)

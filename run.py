@@ -209,7 +209,7 @@ def check_resumed(accelerator: Accelerator, folder: Path, source: Source, labell
 
 
 def start_line(
-    args, accelerator: Accelerator, folder: Path, source: Source, config, division
+    args, accelerator: Accelerator, folder: Path, source: Source, config, division, loaders
 ) -> str:
     """Data, network, devices, global batch and rate of a run in one line."""
     kind = ""
@@ -219,11 +219,9 @@ def start_line(
         kind = " with sparse masks: the partial-label recipe is on"
     semi, processes = hasattr(args, "mixing_strategy"), accelerator.num_processes
     images = f"{len(division.labelled)} labelled{kind}"
-    batch = args.batch_size * processes
-    batches = str(batch)
+    batches = " + ".join(str(loader.sampler.batch_size * processes) for loader in loaders)
     if semi:
         images += f" + {len(division.unlabelled)} unlabelled"
-        batches += f" + {batch}"
     rate = f"{args.optimizer}, {describe_rates(args, processes)}"
     device, precision = accelerator.device.type, accelerator.mixed_precision
     hardware = f"{device} x {processes}, precision {'fp32' if precision == 'no' else precision}"

@@ -42,8 +42,7 @@ def parse_options(argv=None) -> argparse.Namespace:
         "--mixing-strategy",
         choices=STRATEGIES,
         default="classmix",
-        help="how unlabelled images are mixed (none: with one labelled pixel per class and image "
-        "that was better on the streets, docs/results.md)",
+        help="how unlabelled images are mixed (none: not at all)",
     )
     add(
         "--weak-threshold",
@@ -77,6 +76,12 @@ def unsupervised_loss(
     return total / mean_count(cross_entropy > 0, accelerator), eta
 
 
+def labelled_batch(args: argparse.Namespace) -> int:
+    """Labelled images of a step. Partial labels: as many as supervised training sees (not in the
+    paper), since the few known pixels of the other images are cut up by mixing."""
+    return args.batch_size * (2 if args.partial else 1)
+
+
 @torch.no_grad()
 def pseudo_label(
     teacher: MeanTeacher, images: Tensor, known: Tensor, accelerator
@@ -95,9 +100,9 @@ def pseudo_label(
 def contrast(logits, rep, full_l, label_l, label_u, confidence, partial, args):
     """ReCo over labelled and pseudo-labelled pixels together, at the size of rep.
 
-    logits [2B, C, h, w] and rep [2B, D, h, w], labelled images first; full_l [B, C, H, W] the
-    labelled images' logits at full size; label_l, label_u, confidence [B, H, W]. `partial`: the
-    labels are sparse. Returns the loss and the stats of `reco_loss`."""
+    logits [A + B, C, h, w] and rep [A + B, D, h, w], the A labelled images first; full_l
+    [A, C, H, W] their logits at full size; label_l [A, H, W]; label_u, confidence [B, H, W].
+    `partial`: the labels are sparse. Returns the loss and the stats of `reco_loss`."""
     with torch.no_grad():
         size = rep.shape[-2:]
         known = torch.cat([label_l, torch.where(confidence == 1, label_u, IGNORE)])
@@ -121,7 +126,7 @@ def train_step(
     batch_l, batch_u, student, teacher, optimizer, accelerator, args, rng, mark=lambda part: None
 ) -> tuple[dict, dict]:
     """One step on a labelled and an unlabelled batch on the host, each (images uint8 [B, 3, h, w],
-    labels uint8 [B, h, w], ...).
+    labels uint8 [B, h, w], ...), of any number B each.
 
     Returns the losses and shares for the curves (name -> float []) and the tensors for the
     pictures, none of which the host has waited for. `student` is the network as Accelerate wraps
@@ -150,11 +155,7 @@ def train_step(
     logits_l, rep_l = student(images_l)  # [B, C, h, w], [B, D, h, w]
     logits_u, rep_u = student(images_u)
     full_l, full_u = (upsample(x, label_l.shape[-2:]) for x in (logits_l, logits_u))
-    # partial labels: the known pixels of the unlabelled images are labels too (not in the paper)
-    known_u = torch.where(confidence == 1, label_u, IGNORE)
-    supervised = supervised_loss(
-        torch.cat([full_l, full_u]), torch.cat([label_l, known_u]), accelerator
-    )
+    supervised = supervised_loss(full_l, label_l, accelerator)
     unsupervised, eta = unsupervised_loss(
         full_u, label_u, confidence, args.reco_threshold, accelerator
     )
@@ -225,10 +226,22 @@ def main() -> None:
     # batches of the steps that remain; the unlabelled images are scaled after the teacher saw them
     common = dict(args=args, accelerator=accelerator, start=record.step)
     loader_l = training_loader(
-        "labelled", source, division.labelled, stream=0, scale=args.scale, **common
+        "labelled",
+        source,
+        division.labelled,
+        batch_size=labelled_batch(args),
+        stream=0,
+        scale=args.scale,
+        **common,
     )
     loader_u = training_loader(
-        "unlabelled", source, division.unlabelled, stream=1, scale=(1.0, 1.0), **common
+        "unlabelled",
+        source,
+        division.unlabelled,
+        batch_size=args.batch_size,
+        stream=1,
+        scale=(1.0, 1.0),
+        **common,
     )
     val_loader = evaluation_loader(
         source, source.val, run.validation_batch(source), min(2, args.num_workers), accelerator

@@ -129,7 +129,15 @@ def main() -> None:
 
     # batches of the steps that remain
     loader = training_loader(
-        "labelled", source, division.labelled, args, accelerator, record.step, 0, args.scale
+        "labelled",
+        source,
+        division.labelled,
+        args,
+        accelerator,
+        record.step,
+        args.batch_size,
+        stream=0,
+        scale=args.scale,
     )
     val_loader = evaluation_loader(
         source, source.val, run.validation_batch(source), min(2, args.num_workers), accelerator
