@@ -36,7 +36,6 @@ import train_supervised
 from data import Source, load_source
 from files import write
 from labels import divide
-from loaders import training_loader
 from models import MeanTeacher
 from options import new_parser, positive
 from processes import launch
@@ -157,12 +156,13 @@ def batch_sizes(args) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------- the step
-def time_steps(args, accelerator, steps: int, rate: float, trace: str | None) -> dict:
-    """Median seconds of each part of the step over `steps` steps, after three to warm up.
+def time_steps(args, accelerator, steps: int, trace: str | None) -> dict:
+    """Median seconds of each part of the step over `steps` steps, after three to warm up, and of
+    the whole step: on a GPU measured again, without the waits between the parts.
 
     Then one step more to count the operations of convolutions and matrix products, forward and
-    backward: their share of `rate` (FLOP/s of `matrix_rate`) is how well the device is used. And
-    one for a timeline of every operation in the file `trace`."""
+    backward: their share of `matrix_rate` is how well the device is used. And one for a timeline
+    of every operation in the file `trace`."""
     classes, device = CLASSES[args.dataset], accelerator.device
     names = [str(i) for i in range(classes)]
     source = Source(args.dataset, names, [(i, i, i) for i in range(classes)], [], [])
@@ -172,36 +172,44 @@ def time_steps(args, accelerator, steps: int, rate: float, trace: str | None) ->
     student, optimizer = accelerator.prepare(model, optimizer)
     student.train()
     clock, times = Clock(device), []
-    common = dict(accelerator=accelerator, args=args, mark=clock.mark)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    def one_step(step: int) -> None:
-        sizes = batch_sizes(args)
-        batches = [random_batch(size, args.crop_size, classes, device) for size in sizes]
-        rng = run.seed_step(args.seed, step, 0)
-        clock.restart()
+    def random_batches() -> list:
+        return [random_batch(n, args.crop_size, classes, device) for n in batch_sizes(args)]
+
+    def one_step(step: int, batches: list, mark=clock.mark) -> None:
+        common = dict(rng=run.seed_step(args.seed, step, 0), mark=mark)
         if args.script == "train_semi.py":
-            train_semi.train_step(*batches, student, teacher, optimizer, rng=rng, **common)
+            parts = student, teacher, optimizer, accelerator, args
+            train_semi.train_step(*batches, *parts, **common)
         else:
-            train_supervised.train_step(*batches, student, optimizer, rng=rng, **common)
+            train_supervised.train_step(*batches, student, optimizer, accelerator, args, **common)
 
     progress = tqdm(range(steps + 3), f"{args.method}, {args.dataset}", unit="step", leave=False)
     for step in progress:
-        one_step(step)
+        batches = random_batches()
+        clock.restart()
+        one_step(step, batches)
         times.append(dict(clock.parts))
     timed, memory = times[3:], peak_memory(device)
+    total = statistics.median(sum(t.values()) for t in timed)
+    if device.type == "cuda":  # where nobody waits for the parts, the host works ahead
+        begun = clock.now()
+        for step in range(steps):
+            one_step(step, batches, mark=lambda part: None)
+        total = (clock.now() - begun) / steps
     # not compiled: the formulas know PyTorch's own operations; the counter's hooks would warn
     eager = torch.compiler.set_stance("force_eager")
     with warnings.catch_warnings(action="ignore"), eager, count_operations() as counter:
-        one_step(steps + 3)
+        one_step(steps + 3, batches)
     if trace:
         with torch.profiler.profile() as profile:
-            one_step(steps + 4)
+            one_step(steps + 4, batches)
         if accelerator.is_main_process:
             write_trace(profile, Path(trace))
+    operations, rate = counter.get_total_flops(), matrix_rate(accelerator)
     parts = {part: statistics.median(t.get(part, 0.0) for t in timed) for part in PARTS}
-    total = statistics.median(sum(t.values()) for t in timed)
     images = sum(batch_sizes(args)) * accelerator.num_processes
     accelerator.free_memory()
     return {
@@ -214,9 +222,10 @@ def time_steps(args, accelerator, steps: int, rate: float, trace: str | None) ->
         "step": total,
         "images per second": images / total,
         "peak memory MB": memory,
-        "GFLOP": counter.get_total_flops() / 1e9,
-        "share of matrix rate": counter.get_total_flops() / total / rate,
-        "ReCo share": parts["ReCo"] / total,
+        "GFLOP": operations / 1e9,
+        "matrix GFLOP/s": rate / 1e9,
+        "share of matrix rate": operations / total / rate,
+        "ReCo share": parts["ReCo"] / sum(parts.values()),
     }
 
 
@@ -238,17 +247,7 @@ def time_loaders(args, accelerator, steps: int) -> dict:
     steps = max(steps, 8 * args.num_workers)
     args = argparse.Namespace(**vars(args))
     args.iterations, args.partial = ahead + steps, division.partial
-    kinds = [("labelled", division.labelled, args.scale)]
-    if (
-        args.script == "train_semi.py"
-    ):  # which scales the unlabelled images after the teacher saw them
-        kinds.append(("unlabelled", division.unlabelled, (1.0, 1.0)))
-    loaders = [
-        training_loader(name, source, samples, args, accelerator, 0, size, stream, scale)
-        for stream, (size, (name, samples, scale)) in enumerate(
-            zip(batch_sizes(args), kinds, strict=True)
-        )
-    ]
+    loaders = SCRIPTS[args.script].training_loaders(args, source, division, accelerator, 0)
     batches = zip(*loaders, strict=True)
     for _ in tqdm(range(ahead), "loaders, reading ahead", unit="step", leave=False):
         next(batches)
@@ -391,12 +390,10 @@ def main() -> None:
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    rate = matrix_rate(accelerator)
-    results = {"device": name, "torch": torch.__version__, "matrix FLOP/s": rate}
-    results |= {"steps": [], "loss": [], "loaders": []}
+    results = {"device": name, "torch": torch.__version__, "steps": [], "loss": [], "loaders": []}
     accelerator.print(
         f"{name}, torch {torch.__version__}, precision {accelerator.mixed_precision}"
-        f"{', compiled' if args.compile else ''}; matrix products: {rate / 1e9:,.0f} GFLOP/s"
+        f"{', compiled' if args.compile else ''}"
     )
     if args.data_path and not own.loss_only:
         results["loaders"].append(row := time_loaders(args, accelerator, own.steps))
@@ -409,7 +406,7 @@ def main() -> None:
         accelerator.print(f"\n{head}{'GFLOP':>9s}{'use':>7s}")
         with_reco = ["--reco"] if args.model == "reconet" and not args.reco else []
         for extra in [[], with_reco] if with_reco else [[]]:
-            row = time_steps(training_options(*extra), accelerator, own.steps, rate, own.trace)
+            row = time_steps(training_options(*extra), accelerator, own.steps, own.trace)
             results["steps"].append(row)
             if main_process:
                 print_steps(row)

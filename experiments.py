@@ -46,6 +46,7 @@ ABLATIONS = {  # of ClassMix + ReCo, at its rate
 }
 MAIN = ["supervised", "ClassMix", "ClassMix + ReCo"]
 TABLE = ["supervised", "supervised + ReCo", "CutMix", "ClassMix", "ClassMix + ReCo"]
+# with few known pixels an image, what mixing does
 PIXELS = [*MAIN, "mean teacher", "mean teacher + ReCo"]
 # what docs/results.md says to download, or to write, first
 CAMVID = "--dataset camvid --data-path dataset/CamVid --backbone-weights dataset/lite0.safetensors"

@@ -22,7 +22,7 @@ import train_supervised
 from arguments import parse, reco_settings
 from data import load_source
 from labels import divide
-from loaders import evaluation_loader, training_loader
+from loaders import Loader, evaluation_loader, training_loader
 from mixing import IGNORE, STRATEGIES, mix
 from models import MeanTeacher
 from options import natural, share, training_parser
@@ -196,6 +196,30 @@ def train_step(
     return {"loss/total": loss.detach(), **losses}, shown
 
 
+def training_loaders(args, source, division, accelerator, start: int) -> list[Loader]:
+    """The labelled and the unlabelled batches of the steps from `start` on."""
+    common = dict(args=args, accelerator=accelerator, start=start)
+    labelled = training_loader(
+        "labelled",
+        source,
+        division.labelled,
+        batch_size=labelled_batch(args),
+        stream=0,
+        scale=args.scale,
+        **common,
+    )
+    unlabelled = training_loader(
+        "unlabelled",
+        source,
+        division.unlabelled,
+        batch_size=args.batch_size,
+        stream=1,
+        scale=(1.0, 1.0),  # they are scaled after the teacher saw them
+        **common,
+    )
+    return [labelled, unlabelled]
+
+
 def main() -> None:
     args = parse_options()
     accelerator = run.start_accelerator(args)
@@ -223,37 +247,19 @@ def main() -> None:
         record.load_state_dict(state)
         checkpoint.restore(state, **parts)
 
-    # batches of the steps that remain; the unlabelled images are scaled after the teacher saw them
-    common = dict(args=args, accelerator=accelerator, start=record.step)
-    loader_l = training_loader(
-        "labelled",
-        source,
-        division.labelled,
-        batch_size=labelled_batch(args),
-        stream=0,
-        scale=args.scale,
-        **common,
-    )
-    loader_u = training_loader(
-        "unlabelled",
-        source,
-        division.unlabelled,
-        batch_size=args.batch_size,
-        stream=1,
-        scale=(1.0, 1.0),
-        **common,
-    )
+    # batches of the steps that remain
+    loaders = training_loaders(args, source, division, accelerator, record.step)
     val_loader = evaluation_loader(
         source, source.val, run.validation_batch(source), min(2, args.num_workers), accelerator
     )
-    record.announce(division, [loader_l, loader_u])
+    record.announce(division, loaders)
     networks = {"teacher": teacher.model, "student": model}  # the first is the one to keep
 
     val_loader.start()  # now, so that no validation starts a process
     student.train()
     if args.init_from and not state:  # its weights stay until others are better
         record.validate(networks, val_loader)
-    batches = zip(loader_l, loader_u, strict=True)
+    batches = zip(*loaders, strict=True)
     for step, (batch_l, batch_u) in enumerate(batches, start=record.step):
         rate = run.set_learning_rate(optimizer, args, accelerator, step)
         rng = run.seed_step(args.seed, step, accelerator.process_index)

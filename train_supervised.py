@@ -18,7 +18,7 @@ import run
 from arguments import parse, reco_settings
 from data import load_source
 from labels import divide
-from loaders import evaluation_loader, training_loader
+from loaders import Loader, evaluation_loader, training_loader
 from mixing import IGNORE
 from options import training_parser
 from processes import launch
@@ -101,6 +101,22 @@ def reco_pictures(rep: Tensor, stats: dict) -> dict:
     return {**shown, "rep_size": rep.shape[-2:]}
 
 
+def training_loaders(args, source, division, accelerator, start: int) -> list[Loader]:
+    """The labelled batches of the steps from `start` on."""
+    loader = training_loader(
+        "labelled",
+        source,
+        division.labelled,
+        args,
+        accelerator,
+        start,
+        args.batch_size,
+        stream=0,
+        scale=args.scale,
+    )
+    return [loader]
+
+
 def main() -> None:
     args = parse_options()
     accelerator = run.start_accelerator(args)
@@ -128,27 +144,17 @@ def main() -> None:
         checkpoint.restore(state, **parts)
 
     # batches of the steps that remain
-    loader = training_loader(
-        "labelled",
-        source,
-        division.labelled,
-        args,
-        accelerator,
-        record.step,
-        args.batch_size,
-        stream=0,
-        scale=args.scale,
-    )
+    loaders = training_loaders(args, source, division, accelerator, record.step)
     val_loader = evaluation_loader(
         source, source.val, run.validation_batch(source), min(2, args.num_workers), accelerator
     )
-    record.announce(division, [loader])
+    record.announce(division, loaders)
 
     val_loader.start()  # now, so that no validation starts a process
     student.train()
     if args.init_from and not state:  # its weights stay until others are better
         record.validate({"student": model}, val_loader)
-    for step, batch in enumerate(loader, start=record.step):
+    for step, batch in enumerate(loaders[0], start=record.step):
         rate = run.set_learning_rate(optimizer, args, accelerator, step)
         rng = run.seed_step(args.seed, step, accelerator.process_index)
         losses, shown = train_step(batch, student, optimizer, accelerator, args, rng)
