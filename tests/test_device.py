@@ -183,3 +183,32 @@ def test_a_real_step_learns_and_waits_for_nothing(name, device, real_accelerator
     for parameter in model.parameters():
         gradient = sgd.state[parameter]["momentum_buffer"]
         assert gradient.any() and gradient.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fp16_skips_a_step_that_overflows():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision="fp16")
+    args = train_semi.parse_options([*SMALL, "--reco"])
+    args.partial, args.crop_size = False, [SIZE, SIZE]
+    model = network(args, "cpu").cuda()
+    teacher = MeanTeacher(model)
+    student, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    batches = real_batch("cuda"), real_batch("cuda", 2 * SIZE)
+
+    def step():
+        parts = *batches, student, teacher, optimizer, accelerator, args, draws()
+        return train_semi.train_step(*parts)[0]["loss/total"]
+
+    accelerator.scaler._lazy_init_scale_growth_tracker(torch.device("cuda"))
+    accelerator.scaler.update(2.0**100)
+    before = [p.clone() for p in model.parameters()]
+    assert step().isfinite()
+    assert accelerator.optimizer_step_was_skipped and teacher.step == 0
+    assert all(map(torch.equal, before, model.parameters()))
+
+    accelerator.scaler.update(256.0)
+    assert step().isfinite()
+    assert not accelerator.optimizer_step_was_skipped and teacher.step == 1
+    assert not all(map(torch.equal, before, model.parameters()))
+    AcceleratorState._reset_state(reset_partial_state=True)
