@@ -32,9 +32,10 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         project_dir=".",
         dynamo_backend="inductor" if args.compile else None,
         kwargs_handlers=[
-            # rank 0's batch-norm statistics go round at every forward: all processes evaluate
-            # and save the same network
-            DistributedDataParallelKwargs(broadcast_buffers=True),
+            # rank 0's batch-norm statistics go round before a validation (record.py): sent at every
+            # forward they would change what the first of two keeps for its gradient, which
+            # PyTorch 2.11 refuses
+            DistributedDataParallelKwargs(broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=COLLECTIVE_LIMIT),
         ],
     )
