@@ -146,6 +146,11 @@ def check_values(args: argparse.Namespace) -> None:
         f"--batch-size {args.batch_size}: batch norm needs two images or more, and mixing a "
         "neighbour",
     )
+    labelled = getattr(args, "labeled_batch_size", None)
+    need(
+        labelled is None or labelled >= 2,
+        f"--labeled-batch-size {labelled}: batch norm needs two images or more",
+    )
     warmup = getattr(args, "warmup_iterations", 0)
     need(
         warmup < args.iterations,

@@ -77,6 +77,12 @@ SETTINGS = {
     "camvid, 20 labels, 4 labelled a step": Setting(
         f"{CAMVID} --num-labeled 20 --batch-size 4", methods=["supervised"]
     ),
+    # as many as in supervised training
+    "camvid, 20 labels, 8 labelled a step": Setting(
+        f"{CAMVID} --num-labeled 20",
+        methods=["ClassMix", "ClassMix + ReCo"],
+        semi_options="--labeled-batch-size 8",
+    ),
     "camvid, 46 labels": Setting(f"{CAMVID} --num-labeled 46"),
     "camvid, 100 labels": Setting(f"{CAMVID} --num-labeled 100"),
     "camvid, 367 labels": Setting(f"{CAMVID} --num-labeled 0", (), ["supervised + ReCo", *MAIN]),

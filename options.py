@@ -260,7 +260,7 @@ def add_optimisation_options(add) -> None:
         "--batch-size",
         type=positive,
         help="labelled images per step and process; train_semi.py takes as many unlabelled ones "
-        "besides, and with partial labels twice as many labelled ones "
+        "besides (labelled ones by --labeled-batch-size) "
         f"({by_recipe('batch_size')}; train_supervised.py twice that)",
     )
     add(

@@ -25,7 +25,7 @@ from labels import divide
 from loaders import Loader, evaluation_loader, training_loader
 from mixing import IGNORE, STRATEGIES, mix
 from models import MeanTeacher
-from options import natural, share, training_parser
+from options import natural, positive, share, training_parser
 from processes import launch
 from reco import reco_loss
 from record import Record
@@ -49,6 +49,13 @@ def parse_options(argv=None) -> argparse.Namespace:
         type=share,
         default=0.7,
         help="pseudo-labels of at least this confidence join ReCo",
+    )
+    add(
+        "--labeled-batch-size",
+        type=positive,
+        metavar="N",
+        help="labelled images per step and process where not as many as unlabelled ones (with "
+        "partial labels twice as many)",
     )
     add(
         "--warmup-iterations",
@@ -79,7 +86,7 @@ def unsupervised_loss(
 def labelled_batch(args: argparse.Namespace) -> int:
     """Labelled images of a step. Partial labels: as many as supervised training sees (not in the
     paper), since the few known pixels of the other images are cut up by mixing."""
-    return args.batch_size * (2 if args.partial else 1)
+    return args.labeled_batch_size or args.batch_size * (2 if args.partial else 1)
 
 
 @torch.no_grad()

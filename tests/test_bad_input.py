@@ -88,6 +88,11 @@ def cases(tmp: Path) -> dict[str, tuple[list, str]]:
     case("zero batch", [next(train), "--batch-size", "0"], "--batch-size")
     case("batch of one", [next(train), "--batch-size", "1"], "--batch-size 1")
     case(
+        "one labelled",
+        ["train_semi.py", "--labeled-batch-size", "1"],
+        "--labeled-batch-size 1",
+    )
+    case(
         "threshold above 1",
         [next(train), "--reco", "--reco-threshold", "1.2"],
         "--reco-threshold",

@@ -401,6 +401,23 @@ def test_partial_labels_of_the_streets_are_on_every_image(tmp_path):
     assert "global batch 4 + 2," in out  # as many labelled ones as in supervised training
 
 
+def test_labelled_batch_is_chosen_apart(tmp_path):
+    words = [
+        "train_semi.py",
+        "--reco",
+        "--iterations",
+        "1",
+        "--batch-size",
+        "2",
+        "--log-with",
+        "none",
+    ]
+    words += ["--labeled-batch-size", "3", "--out-dir", tmp_path / "run"]
+    ((status, out, err),) = run_many([words])
+    assert status == 0, err
+    assert "global batch 3 + 2," in out
+
+
 def test_independent_sampling_of_several_processes_is_refused(tmp_path):
     done = run_script(
         "train_semi.py",
