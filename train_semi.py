@@ -84,8 +84,9 @@ def unsupervised_loss(
 
 
 def labelled_batch(args: argparse.Namespace) -> int:
-    """Labelled images of a step. Partial labels: as many as supervised training sees (not in the
-    paper), since the few known pixels of the other images are cut up by mixing."""
+    """Labelled images of a step: --labeled-batch-size, or as many as unlabelled ones. With partial
+    labels as many as supervised training sees (not in the paper), since the few known pixels of
+    the other images are cut up by mixing."""
     return args.labeled_batch_size or args.batch_size * (2 if args.partial else 1)
 
 

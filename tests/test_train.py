@@ -402,17 +402,8 @@ def test_partial_labels_of_the_streets_are_on_every_image(tmp_path):
 
 
 def test_labelled_batch_is_chosen_apart(tmp_path):
-    words = [
-        "train_semi.py",
-        "--reco",
-        "--iterations",
-        "1",
-        "--batch-size",
-        "2",
-        "--log-with",
-        "none",
-    ]
-    words += ["--labeled-batch-size", "3", "--out-dir", tmp_path / "run"]
+    words = ["train_semi.py", "--iterations", "1", "--log-with", "none"]
+    words += ["--batch-size", "2", "--labeled-batch-size", "3", "--out-dir", tmp_path / "run"]
     ((status, out, err),) = run_many([words])
     assert status == 0, err
     assert "global batch 3 + 2," in out
