@@ -80,7 +80,7 @@ SETTINGS = {
     # as many as in supervised training
     "camvid, 20 labels, 8 labelled a step": Setting(
         f"{CAMVID} --num-labeled 20",
-        methods=["ClassMix", "ClassMix + ReCo"],
+        methods=["CutMix", "ClassMix", "ClassMix + ReCo"],
         semi_options="--labeled-batch-size 8",
     ),
     "camvid, 46 labels": Setting(f"{CAMVID} --num-labeled 46"),
@@ -129,6 +129,8 @@ def measure(args: Namespace, job: tuple) -> None:
     folder, words = folder_of(*job), arguments_of(*job)
     begun, resumed = time.monotonic(), (folder / "config.json").exists()
     local = ["--num-workers", "0", "--out-dir", folder, *(["--resume"] if resumed else [])]
+    if "--data-path" in words:  # photographs are decoded once, by the first run
+        local += ["--cache-dir", RUNS / "cache"]
     run_script(*words, *local)
     run_script("evaluate.py", folder, "--split", "test", "--num-workers", "0")
     history = json.loads((folder / "history.json").read_text())

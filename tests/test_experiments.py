@@ -108,6 +108,23 @@ def test_a_run_is_made_once_and_reported(tmp_path, monkeypatch):
     assert (tmp_path / "results.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize("name, cached", [(NAME, False), ("camvid, 20 labels", True)])
+def test_photographs_are_decoded_once_for_all_runs(name, cached, tmp_path, monkeypatch):
+    commands = []
+
+    def run_script(*words):
+        commands.append(" ".join(map(str, words)))
+        raise UserError("not run")
+
+    monkeypatch.setattr(experiments, "run_script", run_script)
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    for seed in range(2):
+        with pytest.raises(UserError):
+            experiments.measure(None, (name, RECO, 0.2, seed))
+    assert [f"--cache-dir {tmp_path / 'cache'}" in command for command in commands] == 2 * [cached]
+    assert all("cache" not in word for word in experiments.arguments_of(name, RECO, 0.2, 0))
+
+
 def test_what_fails_is_told(tmp_path, monkeypatch):
     broken = Setting("--backbone no_such_network", (0.2,), ["supervised"])
     monkeypatch.setattr(experiments, "SETTINGS", {NAME: broken})
