@@ -128,11 +128,17 @@ def draws():
 
 
 # ------------------------------------------------------------------------------------ with values
+@pytest.fixture
+def no_state():
+    """Accelerate's state belongs to the process; another test's device is not this one's."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(params=["no", "bf16"])
-def real_accelerator(request, device):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield Accelerator(cpu=device == "cpu", mixed_precision=request.param)
-    AcceleratorState._reset_state(reset_partial_state=True)
+def real_accelerator(request, device, no_state):
+    return Accelerator(cpu=device == "cpu", mixed_precision=request.param)
 
 
 @contextmanager
@@ -187,8 +193,7 @@ def test_a_real_step_learns_and_waits_for_nothing(name, device, real_accelerator
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_fp16_skips_a_step_that_overflows():
-    AcceleratorState._reset_state(reset_partial_state=True)
+def test_fp16_skips_a_step_that_overflows(no_state):
     too_much = GradScalerKwargs(init_scale=2.0**100)
     accelerator = Accelerator(mixed_precision="fp16", kwargs_handlers=[too_much])
     args = train_semi.parse_options([*SMALL, "--reco"])
@@ -211,4 +216,3 @@ def test_fp16_skips_a_step_that_overflows():
     assert step().isfinite()
     assert not accelerator.optimizer_step_was_skipped and teacher.step == 1
     assert not all(map(torch.equal, before, model.parameters()))
-    AcceleratorState._reset_state(reset_partial_state=True)
