@@ -5,6 +5,7 @@ python experiments.py --only camvid                          # photographs (docs
 python experiments.py --only "camvid, 20 labels" --methods supervised ClassMix "ClassMix + ReCo" \\
     --lr 0.04 --seeds 0                                      # of one setting, no other rate
 python experiments.py --results docs                         # go on from the committed results
+python experiments.py --only camvid --jobs 14                # ... that share a GPU (docs/speed.md)
 
 For one seed all methods have the same labelled images, first weights and number of steps. The
 learning rate of a method is the one with the best validation mIoU at seed 0; tables show the test
