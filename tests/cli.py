@@ -25,6 +25,9 @@ SMALL = [
     "--num-workers",
     "0",
 ]
+# on one machine, whose own name needs not be known to it (containers without a network)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN += ["--local-addr", "127.0.0.1", "--nproc_per_node"]
 ENVIRONMENT = {
     "ACCELERATE_USE_CPU": "1",
     "OMP_NUM_THREADS": "1",
@@ -35,10 +38,7 @@ ENVIRONMENT = {
 
 def launcher(processes: int) -> list[str]:
     """What stands before a script: python, or torchrun with several processes."""
-    if processes == 1:
-        return [sys.executable]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, "--nproc_per_node", str(processes)]
+    return [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
 
 
 def run_script(

@@ -8,10 +8,9 @@ import time
 import uuid
 from pathlib import Path
 
-from cli import ENVIRONMENT, ROOT
+from cli import ENVIRONMENT, ROOT, launcher
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-TWO_RANKS = [*TORCHRUN, "--standalone", "--nproc_per_node", "2"]
+TWO_RANKS = launcher(2)
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
