@@ -2,7 +2,7 @@
 
     python evaluate.py runs/street-classmix-reco-20-seed0        # the run's own validation images
     python evaluate.py RUN --split test
-    python evaluate.py RUN --dataset cityscapes --data-path DIR --full-resolution \
+    python evaluate.py RUN --dataset cityscapes --data-path DIR --full-resolution \\
         --sliding-window --flip
     python evaluate.py --checkpoint published_reco.pth --dataset cityscapes --data-path DIR
     accelerate launch --multi_gpu evaluate.py RUN                # several processes

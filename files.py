@@ -45,12 +45,25 @@ def open_image(
         return image, (width, height) if quarter_turned else (height, width)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except Image.DecompressionBombError:
+        most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        raise UserError(
+            f"{path}: is larger than {most:.0f} megapixels; cut it into smaller pictures"
+        ) from None
     except UnidentifiedImageError:
         reason = "not an image that can be read" if os.path.getsize(path) else "is empty"
         raise UserError(f"{path}: {reason}") from None
     except Exception as error:  # decoders raise many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be decoded, truncated or damaged ({reason})") from None
+
+
+def need_utf8(path: Path) -> None:
+    """UserError for a name that a text file, a log or a label's name could not hold."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{str(path)!a}: a file name that is not UTF-8; rename it") from None
 
 
 def to_rgb(image: Image.Image) -> Tensor:
@@ -122,8 +135,9 @@ def pack_colour(red, green, blue):
 def label_by_colour(
     path: str | Path, image: Image.Image, colours: dict[int, int], origin: str
 ) -> np.ndarray:
-    """`read_label` of a picture in the colours of the classes. The palette index 255, without a
-    colour of its own, is not labelled, as predict.py and a painter's eraser leave it."""
+    """`read_label` of a picture in the colours of the classes. The palette index 255 is not
+    labelled, as predict.py and a painter's eraser leave it: where it has no colour of a class, and
+    where all other indices are the numbers of their classes."""
     red, green, blue = np.asarray(image.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
     packed = pack_colour(red, green, blue)
     known = np.array(sorted(colours))
@@ -132,7 +146,11 @@ def label_by_colour(
     wrong = known[place] != packed
     label = np.where(wrong, np.uint8(IGNORE), ids[place])
     if image.mode == "P":
-        wrong &= np.asarray(image) != IGNORE
+        index = np.asarray(image)
+        erased = index == IGNORE
+        if ((label == index) | erased).all():
+            label[erased] = IGNORE
+        wrong &= ~erased
     if wrong.any():
         y, x = np.argwhere(wrong)[0].tolist()
         raise UserError(

@@ -4,13 +4,14 @@ Nothing is preprocessed. Each `list_...` function gives the images with their la
 raises UserError that names what is missing.
 """
 
+import codecs
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from errors import need, note
-from files import IMAGE_SUFFIXES
+from files import IMAGE_SUFFIXES, need_utf8
 
 CITYSCAPES = [  # value on disk, class, colour; the order is the train id
     (7, "road", (128, 64, 128)),
@@ -57,6 +58,8 @@ SUN = (  # the value on disk is one more, 0 = void
     "lamp, bathtub, bag"
 )
 SUN_TEST_IMAGES = 5050
+# a user's pictures that Pillow does not read by itself, or that are more than one picture
+OTHER_PICTURES = (".heic", ".heif", ".avif", ".jp2", ".gif", ".dng", ".nef", ".cr2", ".cr3", ".arw")
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,14 @@ def list_files(
 ) -> list[Path]:
     """The files of a folder, which must exist; `what` says where it would come from."""
     need(folder.is_dir(), f"{folder}: no such folder ({what})")
-    return sorted(
+    files = sorted(
         path
         for path in folder.glob(pattern)
         if path.suffix.lower() in suffixes and not path.name.startswith(".")
     )
+    for file in files:
+        need_utf8(file)
+    return files
 
 
 def labelled_samples(
@@ -245,8 +251,9 @@ def read_classes(path: Path) -> tuple[Path, list[str], list[Colour], list[Colour
     colours (none where it gives none) and the colours that mean "not labelled".
 
     classes.txt has a name a line, or a name and a colour (`road 128 64 128`); without it CVAT's
-    labelmap.txt (`road:128,64,128::`) is taken. The name `void` with a colour is no class."""
-    file, pattern = path / "classes.txt", r"(.*\S)\s+(\d{1,3})\s+(\d{1,3})\s+(\d{1,3})"
+    labelmap.txt (`road:128,64,128::`) is taken. The name `void` with a colour is no class. Raises
+    UserError that names the file and the line."""
+    file, pattern = path / "classes.txt", r"(.*[^\s,])[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})"
     if not file.is_file() and (path / "labelmap.txt").is_file():
         file, pattern = path / "labelmap.txt", r"([^:]+):(\d{1,3}),(\d{1,3}),(\d{1,3})(?::.*)?"
     need(
@@ -254,12 +261,18 @@ def read_classes(path: Path) -> tuple[Path, list[str], list[Colour], list[Colour
         f"{file}: no such file; it names the classes, one per line, in the order of the label "
         "values 0, 1, ...",
     )
-    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    content = file.read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as Windows may write
+    lines = content.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     if file.name == "labelmap.txt":
         lines = [line for line in lines if not line.startswith("#")]
+    for line in lines:
+        need("\0" not in line, f"{file}: is no text file in UTF-8; save it as one")
+        need(not line.startswith("#"), f"{file}: {line!r} is no class; leave comments out")
     found = [re.fullmatch(pattern, line) for line in lines]
     if file.name == "classes.txt" and not any(found):
+        need_distinct(file, lines)
         return file, lines, [], []
     for line, match in zip(lines, found, strict=True):
         whole = match and max(map(int, match.groups()[1:])) <= 255
@@ -267,7 +280,30 @@ def read_classes(path: Path) -> tuple[Path, list[str], list[Colour], list[Colour
     entries = [(match[1].strip(), tuple(map(int, match.groups()[1:]))) for match in found]
     classes = [(name, colour) for name, colour in entries if name.lower() != "void"]
     void = [colour for name, colour in entries if name.lower() == "void"]
+    need_distinct(file, [name for name, _ in classes])
     return file, [name for name, _ in classes], [colour for _, colour in classes], void
+
+
+def note_left_out(folder: Path, images: list[Path]) -> None:
+    """Tell of pictures of other formats, and of those in sub-folders, which nobody else would."""
+    taken = set(images)
+    left_out = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES)
+        and path not in taken
+        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
+    ]
+    if left_out:
+        note(
+            f"{len(left_out)} pictures are left out ({left_out[0]} ...): only "
+            f"{', '.join(IMAGE_SUFFIXES)} files of {folder} itself are read"
+        )
+
+
+def need_distinct(file: Path, names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    need(twice is None, f"{file}: names the class {twice} twice")
 
 
 def folder_split(path: Path, part: str) -> list[Sample]:
@@ -277,6 +313,7 @@ def folder_split(path: Path, part: str) -> list[Sample]:
     images = list_files(image_folder, layout)
     labels = {p.stem: p for p in list_files(label_folder, "one PNG per labelled image")}
     need(images, f"{image_folder}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    note_left_out(image_folder, images)
 
     names = set()
     for image in images:

@@ -4,7 +4,7 @@ picture's own size, and an overlay.
     python predict.py RUN photo.jpg holiday --out-dir predictions   # holiday/a/b.jpg -> a/b.png
     python predict.py RUN unlabelled --out-dir predictions --suggest 10    # ... and what to label
     python predict.py RUN --onnx network.onnx      # RGB [B, 3, H, W] in 0 .. 1 -> logits
-    python predict.py --checkpoint published_reco.pth --dataset cityscapes street.png \
+    python predict.py --checkpoint published_reco.pth --dataset cityscapes street.png \\
         --out-dir predictions
 """
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import models
 from errors import UserError, need
-from files import IMAGE_SUFFIXES, read_image, write
+from files import IMAGE_SUFFIXES, need_utf8, read_image, write
 from options import add_prediction_options, new_parser, number, positive
 from processes import launch
 from published import CLASSES, load_published
@@ -91,26 +91,35 @@ def parse_options() -> argparse.Namespace:
 # --------------------------------------------------------------------------- pictures and outputs
 def find_pictures(paths: list[str], out_dir: Path) -> dict[Path, Path]:
     """Every picture that `paths` name, folders walked, and where its output goes (a path without
-    ending). Sub-folders are kept; no two pictures share an output, and no picture is written over.
-    Raises UserError for a path that leads to no picture."""
+    ending). Sub-folders are kept; no two pictures share an output, and nothing is written over but
+    earlier predictions. Raises UserError for a path that leads to no picture."""
     found: dict[Path, Path] = {}  # picture -> its name below out_dir
     several = sum(Path(path).is_dir() for path in paths) > 1
     for path in map(Path, paths):
         if path.is_file():
-            found.setdefault(path.resolve(), Path(path.name))
+            found.setdefault(path.absolute(), Path(path.name))
             continue
         need(path.is_dir(), f"{path}: no such picture or folder")
         parent = Path(path.resolve().name) if several else Path()
         for file in pictures_below(path, out_dir):
-            found.setdefault(file.resolve(), parent / file.relative_to(path))
+            found.setdefault(file.absolute(), parent / file.relative_to(path))
+    for picture in found:
+        need_utf8(picture)
+    pictures = {picture.resolve() for picture in found}
     targets, taken = {}, set()
     for picture, name in found.items():
         stem = free_stem(name, out_dir, taken)
         targets[picture] = stem
         need(
-            not any(Path(f"{stem}{ending}").resolve() in found for ending in ENDINGS),
+            not any(Path(f"{stem}{ending}").resolve() in pictures for ending in ENDINGS),
             f"--out-dir {out_dir}: the mask of {picture} would be written over a picture; choose "
             "another",
+        )
+        mask, overlay = (Path(f"{stem}{ending}") for ending in ENDINGS[:2])
+        need(
+            overlay.exists() or not mask.exists(),
+            f"{mask}: is there without {overlay.name}, so it is no earlier prediction, and it is "
+            "not written over; choose another --out-dir",
         )
     return targets
 
@@ -151,11 +160,13 @@ def free_stem(name: Path, out_dir: Path, taken: set[str]) -> Path:
 def write_masks(stem: Path, image: Tensor, label, confidence, palette) -> None:
     """STEM.png, STEM_overlay.png and, with a confidence, STEM_confidence.png."""
     mask = Image.fromarray(label)
-    mask.putpalette(np.asarray(palette, np.uint8).tobytes())  # "L" becomes "P"
+    colours = np.full((256, 3), 255, np.uint8)  # of fewer the file would have too few bits for 255
+    colours[: len(palette)] = palette
+    mask.putpalette(colours.tobytes())  # "L" becomes "P"
     photograph = Image.fromarray(image.permute(1, 2, 0).numpy())
     overlay = Image.blend(photograph, mask.convert("RGB"), 0.5)
+    save_png(Path(f"{stem}_overlay.png"), overlay, compress_level=1)  # first, see `find_pictures`
     save_png(Path(f"{stem}.png"), mask)
-    save_png(Path(f"{stem}_overlay.png"), overlay, compress_level=1)
     if confidence is not None:
         grey = (confidence.clip(0, 1) * 255).round().astype(np.uint8)
         save_png(Path(f"{stem}_confidence.png"), Image.fromarray(grey))

@@ -3,10 +3,10 @@ partial labels.
 
     python train_semi.py --reco                          # street, 20 labelled scenes
     accelerate launch train_semi.py --reco
-    accelerate launch train_semi.py --dataset cityscapes --data-path dataset/cityscapes \
+    accelerate launch train_semi.py --dataset cityscapes --data-path dataset/cityscapes \\
         --num-labeled 150 --val-interval 500 --model reconet --mixing-strategy classmix --reco
-    accelerate launch train_semi.py --dataset cityscapes --data-path dataset/cityscapes \
-        --label-ratio p0 --seed 0 --val-interval 500 --model reconet --mixing-strategy classmix \
+    accelerate launch train_semi.py --dataset cityscapes --data-path dataset/cityscapes \\
+        --label-ratio p0 --seed 0 --val-interval 500 --model reconet --mixing-strategy classmix \\
         --reco
 """
 

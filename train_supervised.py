@@ -2,9 +2,9 @@
 
     python train_supervised.py                           # street, 20 labelled scenes
     accelerate launch train_supervised.py --reco
-    accelerate launch train_supervised.py --dataset cityscapes --data-path dataset/cityscapes \
+    accelerate launch train_supervised.py --dataset cityscapes --data-path dataset/cityscapes \\
         --num-labeled 150 --val-interval 500 --model reconet
-    accelerate launch train_supervised.py --dataset cityscapes --data-path dataset/cityscapes \
+    accelerate launch train_supervised.py --dataset cityscapes --data-path dataset/cityscapes \\
         --label-ratio p1 --seed 0 --val-interval 500 --model reconet
 """
 

@@ -7,17 +7,18 @@
 Every category becomes a class, in the order of the category ids. Where instances overlap the
 smaller one is on top. Pixels that nobody annotated are not labelled (255), or with --background
 NAME a class of that name, number 0. A picture without annotations is unlabelled; with --background
-it is all background.
+it is all background. A picture keeps its name, or where two share one has the names of its folders
+before it (day/1.jpg: day_1.jpg).
 """
 
 import argparse
 import contextlib
 import io
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
-from own_folder import NOT_LABELLED, add_picture, refuse, write_classes
+from own_folder import NOT_LABELLED, add_picture, distinct_names, refuse, write_classes
 from PIL import Image
 from pycocotools.coco import COCO
 from tqdm import tqdm
@@ -87,14 +88,15 @@ def main() -> None:
         refuse(f"{args.annotations}: an annotation has the category {odd[0]}, which is not listed")
     if not panoptic and not all(entry.get("segmentation") for entry in entries):
         refuse(f"{args.annotations}: an annotation has no segmentation; boxes alone make no masks")
+    names = distinct_names([PurePath(image["file_name"]) for image in pictures])
     write_classes(args.out, classes)
-    for image in tqdm(pictures, unit="picture", disable=None):
+    for image, name in zip(tqdm(pictures, unit="picture", disable=None), names, strict=True):
         label = None
         if panoptic and image["id"] in annotated:
             label = paint_segments(folder, by_image[image["id"]], ids, nothing)
         elif not panoptic and (image["id"] in annotated or args.background):
             label = paint_instances(coco, image, ids, nothing)
-        add_picture(args.out, args.split, args.images / image["file_name"], label)
+        add_picture(args.out, args.split, args.images / image["file_name"], label, name)
     print(f"{args.out}: {len(pictures)} pictures, {len(annotated)} annotated, in {args.split}")
 
 

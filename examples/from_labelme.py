@@ -15,10 +15,10 @@ import base64
 import io
 import json
 import math
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
-from own_folder import NOT_LABELLED, add_picture, refuse, write_classes
+from own_folder import NOT_LABELLED, add_picture, distinct_names, refuse, write_classes
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -81,9 +81,19 @@ def main() -> None:
     args = parse_options()
     if not args.annotated.is_dir():
         refuse(f"{args.annotated}: no such folder")
-    files = [read_shapes(file) for file in sorted(args.annotated.glob("*.json"))]
+    files = [read_shapes(file) for file in sorted(args.annotated.glob("[!.]*.json"))]
     if not files:
         refuse(f"{args.annotated}: holds no .json")
+    annotated = {one["image"].resolve() for one in files}
+    pictures = [
+        path
+        for path in sorted(args.annotated.iterdir())
+        if path.suffix.lower() in PICTURES and not path.name.startswith(".")
+    ]
+    others = [picture for picture in pictures if picture.resolve() not in annotated]
+    if args.split != "train":
+        others = []
+    distinct_names([PurePath(path.name) for path in [*(one["image"] for one in files), *others]])
     names = {name for one in files for name, _, _ in one["shapes"]} - {IGNORED, args.background}
     first = [args.background] if args.background else []
     classes = first + sorted(names)
@@ -108,12 +118,8 @@ def main() -> None:
         for name, kind, shape in one["shapes"]:
             label[mask_of(one["file"], kind, shape, one["size"], args.width)] = ids[name]
         add_picture(args.out, args.split, one["image"], label)
-    annotated = {one["image"].resolve() for one in files}
-    pictures = [p for p in sorted(args.annotated.iterdir()) if p.suffix.lower() in PICTURES]
-    others = [picture for picture in pictures if picture.resolve() not in annotated]
-    if args.split == "train":
-        for picture in others:
-            add_picture(args.out, args.split, picture, None)
+    for picture in others:
+        add_picture(args.out, args.split, picture, None)
     print(f"{args.out}: {len(files)} annotated pictures in {args.split}, {len(others)} others")
 
 

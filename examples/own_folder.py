@@ -2,7 +2,8 @@
 
 import shutil
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 NOT_LABELLED = 255
 
 
-def refuse(reason: str) -> None:
+def refuse(reason: str) -> NoReturn:
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)
 
@@ -22,16 +23,41 @@ def write_classes(out: Path, classes: list[str]) -> None:
     file, text = out / "classes.txt", "".join(f"{name}\n" for name in classes)
     if file.exists() and file.read_text() != text:
         refuse(f"{file}: has other classes than {', '.join(classes)}; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    except OSError as error:
+        refuse(f"{file}: cannot be written ({error.strerror or error})")
 
 
-def add_picture(out: Path, split: str, image: Path, label: np.ndarray | None) -> None:
-    """Copy a picture into OUT/images/SPLIT; its label, uint8 [H, W], goes into OUT/labels/SPLIT."""
-    for kind in ("images", "labels"):
-        (out / kind / split).mkdir(parents=True, exist_ok=True)
+def distinct_names(paths: list[PurePath]) -> list[str]:
+    """A file name for each picture, no stem twice, since stems join labels to pictures: its own
+    name, or where two would be the same those of its folders too (day/1.jpg: day_1.jpg)."""
+    for names in ([path.name for path in paths], ["_".join(path.parts) for path in paths]):
+        by_stem = {PurePath(name).stem: path for name, path in zip(names, paths, strict=True)}
+        if len(by_stem) == len(paths):
+            return names
+    stems = [PurePath(name).stem for name in names]
+    twice = next(stem for stem in stems if stems.count(stem) > 1)
+    first, second = [path for path, stem in zip(paths, stems, strict=True) if stem == twice][:2]
+    refuse(f"{first} and {second}: their labels would both be called {twice}.png; rename one")
+
+
+def add_picture(
+    out: Path, split: str, image: Path, label: np.ndarray | None, name: str | None = None
+) -> None:
+    """Copy a picture into OUT/images/SPLIT, as `name` or its own; its label, uint8 [H, W], goes
+    into OUT/labels/SPLIT."""
+    name = name or image.name
+    target = out / "images" / split / name
     if not image.is_file():
         refuse(f"{image}: no such picture")
-    shutil.copy(image, out / "images" / split / image.name)
-    if label is not None:
-        Image.fromarray(label).save(out / "labels" / split / f"{image.stem}.png")
+    try:
+        for kind in ("images", "labels"):
+            (out / kind / split).mkdir(parents=True, exist_ok=True)
+        if not (target.exists() and target.samefile(image)):  # it may lie there already
+            shutil.copy(image, target)
+        if label is not None:
+            Image.fromarray(label).save(out / "labels" / split / f"{target.stem}.png")
+    except OSError as error:
+        refuse(f"{error.filename or out}: cannot be written ({error.strerror or error})")

@@ -124,6 +124,43 @@ def test_odd_coco_files(instances, photos, tmp_path):
     assert "classes.txt" in refusal("from_coco.py", instances, photos, tmp_path / "out")
 
 
+def test_coco_pictures_of_one_name(instances, tmp_path):
+    """In folders of their own they get names that tell them apart; else they are refused."""
+    content = json.loads(instances.read_text())
+    content["images"][0]["file_name"], content["images"][1]["file_name"] = "day/1.jpg", "dusk/1.jpg"
+    instances.write_text(json.dumps(content))
+    for name in ("day/1.jpg", "dusk/1.jpg", "c.jpg"):
+        trees.save(tmp_path / "photos" / name, np.full((20, 30, 3), 99, np.uint8))
+    convert("from_coco.py", instances, tmp_path / "photos", tmp_path / "out")
+    pictures = {path.name for path in (tmp_path / "out" / "images" / "train").iterdir()}
+    assert pictures == {"day_1.jpg", "dusk_1.jpg", "c.jpg"}
+    found = labels(tmp_path / "out", "train")
+    assert sorted(found) == ["day_1", "dusk_1"] and (found["dusk_1"][:, 0] == 0).all()
+    content["images"][1]["file_name"] = "day/1.png"
+    instances.write_text(json.dumps(content))
+    told = refusal("from_coco.py", instances, tmp_path / "photos", tmp_path / "new")
+    assert "day/1.jpg and day/1.png" in told and not (tmp_path / "new").exists()
+
+
+def test_pictures_may_lie_where_they_go(instances, photos, tmp_path):
+    """docs/own_data.md makes that folder first."""
+    there = tmp_path / "out" / "images" / "train"
+    there.mkdir(parents=True)
+    for photo in photos.iterdir():
+        photo.rename(there / photo.name)
+    convert("from_coco.py", instances, there, tmp_path / "out")
+    assert sorted(labels(tmp_path / "out", "train")) == ["a", "b"]
+    (tmp_path / "out" / "classes.txt").unlink()
+    labelme_file(there / "a.json", shape("car", [[0, 0], [9, 0], [9, 9]], "polygon"))
+    (there / "._a.json").write_text("a Mac wrote this")
+    convert("from_labelme.py", there, tmp_path / "out", "--background", "nothing")
+    assert labels(tmp_path / "out", "train")["a"][1, 5] == 1
+    trees.save(there / "a.png", np.zeros((20, 30, 3), np.uint8))
+    assert "a.jpg and a.png" in refusal("from_labelme.py", there, tmp_path / "out")
+    (tmp_path / "file").write_text("x")
+    assert "cannot be written" in refusal("from_coco.py", instances, there, tmp_path / "file")
+
+
 # ------------------------------------------------------------------------------------- labelme
 def shape(label: str, points: list, kind: str = "polygon", **more) -> dict:
     own = {"group_id": None, "description": "", "flags": {}, "mask": None}

@@ -95,6 +95,19 @@ def test_damaged_exif_data_cannot_crash(tmp_path):
             assert "a.jpg" in str(error)
 
 
+def test_a_picture_that_is_too_large_is_called_so(tmp_path, monkeypatch):
+    Image.new("L", (60, 50)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"a\.png: is larger than .* megapixels; cut it"):
+        files.read_image(tmp_path / "a.png")
+
+
+def test_a_name_that_no_text_can_hold():
+    files.need_utf8(Path("ein Haus/日本.jpg"))
+    with pytest.raises(UserError, match=r"caf.udce9\.jpg.*rename it"):
+        files.need_utf8(Path("caf\udce9.jpg"))
+
+
 def test_a_jpeg_is_decoded_small_where_less_is_needed(tmp_path):
     Image.new("RGB", (640, 480)).save(tmp_path / "a.jpg")
     picture, stored = files.open_image(tmp_path / "a.jpg", lambda height, width: (100, 133))

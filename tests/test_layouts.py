@@ -139,6 +139,23 @@ def test_a_users_palette_and_class_names(tmp_path):
     source = load("folder", root)
     assert source.classes == ["road", "car"] and source.palette == [(7, 8, 9), (200, 100, 50)]
     assert source.read(source.train[1])[1].unique().tolist() == [0, 1]
+    (root / "classes.txt").write_text("road\nçar\n", encoding="utf-16")  # with its mark
+    assert load("folder", root).classes == ["road", "çar"]
+    (root / "classes.txt").write_text("road, 1, 2, 3\ncar 4,5,6\n")
+    source = load("folder", root)
+    assert source.classes == ["road", "car"] and source.palette == [(1, 2, 3), (4, 5, 6)]
+
+
+def test_pictures_that_are_left_out_are_told(tmp_path, capsys):
+    root = trees.folder(tmp_path)
+    load("folder", root)
+    assert "left out" not in capsys.readouterr().out
+    (root / "images/train/deeper").mkdir()
+    for name in ("deeper/a.png", "b.HEIC", ".c.heic", "d.json"):
+        (root / "images/train" / name).write_text("x")
+    load("folder", root)
+    told = capsys.readouterr().out
+    assert "2 pictures are left out" in told and "b.HEIC ..." in told
 
 
 def test_a_users_test_split_and_names_that_stand_twice(tmp_path, capsys):
@@ -214,7 +231,11 @@ OWN = {  # name: (what is done to the tree, what the one line must say)
     "no label": (empty("labels/train"), "labels/train", "holds no label"),
     "no classes.txt": (remove("classes.txt"), "classes.txt", "one per line"),
     "one class": (text("classes.txt", "thing\n"), "classes.txt", "names 1 classes"),
-    "300 classes": (text("classes.txt", "thing\n" * 300), "classes.txt", "names 300"),
+    "300 classes": (
+        text("classes.txt", "\n".join(map(str, range(300)))),
+        "classes.txt",
+        "names 300",
+    ),
     "classes.txt too short": (
         text("classes.txt", "a\nb\n"),
         *("labels/train/train_000.png", "value 2", "0 to 1", "classes.txt names 2"),
@@ -235,6 +256,12 @@ OWN = {  # name: (what is done to the tree, what the one line must say)
         copy("images/train/train_001.png", "train_001.jpg", "train_001.k.png"),
         *("images/train", "train_001"),
     ),
+    "class names in UTF-16": (
+        lambda root: (root / "classes.txt").write_bytes("a\nb\nc\n".encode("utf-16-le")),
+        *("classes.txt", "UTF-8"),
+    ),
+    "a comment among the classes": (text("classes.txt", "# mine\na\nb\n"), "classes.txt", "# mine"),
+    "a class twice": (text("classes.txt", "a\nb\na\n"), "classes.txt", "the class a twice"),
     "JPEG label": (
         rename("labels/train/train_001.png", "train_001.jpg"),
         *("train_001.jpg", "must be a PNG"),

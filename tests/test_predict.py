@@ -189,6 +189,43 @@ def test_names_never_collide(street, script, tmp_path):
     assert [t.name for t in targets.values()] == ["a", "a.png", "a.jpg", "a-2"]
 
 
+def test_nothing_but_predictions_is_written_over(street, script, tmp_path):
+    """A painted label, or a photograph that was not named, of the same stem."""
+    scene().save(tmp_path / "in.jpg")
+    (tmp_path / "labels").mkdir()
+    Image.new("L", (64, 64), 3).save(tmp_path / "labels" / "in.png")
+    painted = (tmp_path / "labels" / "in.png").read_bytes()
+    command = [predict, street, tmp_path / "in.jpg", "--out-dir"]
+    status, text, err = script(*command, tmp_path / "labels")
+    assert status == 2 and not text and err.count("\n") == 1
+    assert f"{tmp_path / 'labels' / 'in.png'}: is there without in_overlay.png" in err
+    assert (tmp_path / "labels" / "in.png").read_bytes() == painted
+    assert tree(tmp_path / "labels") == {"in.png"}
+    for _ in range(2):
+        assert script(*command, tmp_path / "out")[0] == 0
+    (tmp_path / "out" / "in.png").unlink()  # stopped between the two files of a picture
+    assert script(*command, tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize("classes", [2, 3, 16, 17, 200])
+@pytest.mark.parametrize("white", [False, True], ids=["", "a white class"])
+def test_what_is_erased_in_a_predicted_mask_is_not_labelled(classes, white, tmp_path):
+    """Saved again with the palette it has, a mask holds 255: PNGs of few colours have few bits."""
+    colours = [[i, 0, 0] for i in range(classes)]
+    colours[-1] = [255, 255, 255] if white else colours[-1]
+    label = np.arange(6, dtype=np.uint8).reshape(2, 3) % classes
+    predict.write_masks(tmp_path / "a", torch.zeros(3, 2, 3).byte(), label, None, colours)
+    with Image.open(tmp_path / "a.png") as mask:
+        mask.putpixel((1, 0), 255)
+        mask.save(tmp_path / "erased.png")
+    label[0, 1] = 255
+    table = data.value_table({i: i for i in (*range(classes), 255)})
+    assert np.array_equal(files.read_label(tmp_path / "erased.png", table), label)
+    by_colour = {files.pack_colour(*colour): i for i, colour in enumerate(colours)}
+    erased = files.read_label(tmp_path / "erased.png", table, colours=by_colour)
+    assert np.array_equal(erased, label)
+
+
 def test_a_broken_file_is_reported_and_the_others_done(street, script, tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a", "c"):
@@ -422,6 +459,22 @@ def test_suggestions(street, script, tmp_path):
     assert [float(line.split("  ")[0]) for line in lines[:3]] == pytest.approx(
         sorted(scores.values(), reverse=True)[:3], abs=1e-4
     )
+
+
+def test_a_linked_picture_has_the_name_of_the_link(street, script, tmp_path):
+    """Which is the name of its label, too."""
+    shutil.copytree(street, tmp_path / "run")
+    (tmp_path / "run" / "labeled.txt").write_text("link_0\n")
+    for folder in ("store", "in"):
+        (tmp_path / folder).mkdir()
+    for i in range(2):
+        scene(i).save(tmp_path / "store" / f"{i}.png")
+        (tmp_path / "in" / f"link_{i}.png").symlink_to(tmp_path / "store" / f"{i}.png")
+    words = [tmp_path / "run", tmp_path / "in", "--out-dir", tmp_path / "out", "--suggest", 5]
+    status, text, _ = script(predict, *words)
+    assert status == 0 and "2 of 2 pictures" in text
+    (suggested,) = (tmp_path / "out" / "suggest.txt").read_text().splitlines()
+    assert suggested.endswith(str(tmp_path / "in" / "link_1.png"))
 
 
 def test_onnx(street, script, tmp_path):
