@@ -124,6 +124,10 @@ def fit_optimizer(args: argparse.Namespace, recipe: dict) -> None:
     if args.optimizer == "adamw" or (patch and not args.optimizer):
         recipe |= ADAMW
     if patch:
+        need(
+            args.output_stride is None,
+            f"--output-stride has no meaning with {backbone}: the stride of a ViT is its patch",
+        )
         crop = [max(1, round(side / patch)) * patch for side in recipe["crop_size"]]
         pretrained = recipe["pretrained"] if args.pretrained is None else args.pretrained
         scale = VIT_LR_SCALE if pretrained or args.init_from else 1.0

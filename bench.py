@@ -377,11 +377,12 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     own, rest = parse_options()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without the profiler's own lines
-    rest += ["--no-pretrained", "--log-with", "none"]
+    rest += ["--log-with", "none"]
 
     def training_options(*extra: str) -> argparse.Namespace:
         args = SCRIPTS[own.script].parse_options([*rest, *extra])
         args.warmup_iterations, args.partial = 0, args.label_ratio is not None
+        args.pretrained, args.backbone_weights, args.init_from = False, None, None
         return args
 
     args = training_options()
@@ -404,9 +405,10 @@ def main() -> None:
         columns = "".join(f"{part:>16s}" for part in [*PARTS])
         head = f"{'ms':24s}{columns}{'step':>10s}{'images/s':>10s}{'peak MB':>9s}{'ReCo':>7s}"
         accelerator.print(f"\n{head}{'GFLOP':>9s}{'use':>7s}")
-        with_reco = ["--reco"] if args.model == "reconet" and not args.reco else []
-        for extra in [[], with_reco] if with_reco else [[]]:
-            row = time_steps(training_options(*extra), accelerator, own.steps, own.trace)
+        both = args.model == "reconet" and not args.reco
+        for extra in [[], ["--reco"]] if both else [[]]:
+            trace = None if both and not extra else own.trace  # of the last one
+            row = time_steps(training_options(*extra), accelerator, own.steps, trace)
             results["steps"].append(row)
             if main_process:
                 print_steps(row)

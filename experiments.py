@@ -129,6 +129,8 @@ def measure(args: Namespace, job: tuple) -> None:
     """Train one run, evaluate it on the test images and add its line to results.csv."""
     folder, words = folder_of(*job), arguments_of(*job)
     begun, resumed = time.monotonic(), (folder / "config.json").exists()
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     local = ["--num-workers", "0", "--out-dir", folder, *(["--resume"] if resumed else [])]
     if "--data-path" in words:  # photographs are decoded once, by the first run
         local += ["--cache-dir", RUNS / "cache"]
@@ -139,8 +141,6 @@ def measure(args: Namespace, job: tuple) -> None:
     scores = [max(entry["miou"] for entry in history), test["miou"], test["boundary_iou"]]
     seconds = "" if resumed else round(time.monotonic() - begun)
     curve = " ".join(f"{entry['step']}:{entry['miou']:.4f}" for entry in history)
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     scores = [f"{score:.4f}" for score in scores]
     with LOCK:  # two runs may end together
         results.add_row(args.results, [*job, *scores, seconds, curve, " ".join(words), commit])
@@ -187,8 +187,11 @@ def main() -> None:
     rates = {pair: args.lr or results.best_rate(rows, choose_at(*pair)) for pair in wanted}
     run_missing(args, [(*pair, rates[pair], seed) for seed in args.seeds for pair in wanted])
     rows = results.read_rows(args.results)
-    chosen = results.chosen_runs(rows, {pair: choose_at(*pair) for pair in pairs})
-    folders = {pair: folder_of(*pair, float(runs[0]["lr"]), 0) for pair, runs in chosen.items()}
+    for pair in pairs:  # the others at the chosen rate, or where none was chosen at the best
+        rates[pair] = rates.get(pair) or results.best_rate(rows, choose_at(*pair))
+        rates[pair] = rates[pair] or results.best_rate(rows, pair)
+    chosen = results.chosen_runs(rows, rates)
+    folders = {pair: folder_of(*pair, rates[pair], 0) for pair in chosen}
     results.report(chosen, folders, args.results)
 
 

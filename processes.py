@@ -152,7 +152,7 @@ def launch(main: Callable[[], None]) -> None:
     """Run a script. What the user can mend, and what ends a run of several processes from outside,
     is one line on stderr and exit status 2."""
     end_with_launcher()
-    noise = ".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier).*"
+    noise = ".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier|broadcast_buffers).*"
     warnings.filterwarnings("ignore", message=noise)
     try:
         try:

@@ -44,12 +44,10 @@ def best_rate(rows: list[dict], where: tuple[str, str]) -> float | None:
     return best and float(best["lr"])
 
 
-def chosen_runs(rows: list[dict], pairs: dict[tuple, tuple]) -> dict[tuple, list[dict]]:
-    """The runs of each (setting, method) of `pairs` at its rate, by seed; the rate is chosen at
-    the (setting, method) that `pairs` gives for it."""
+def chosen_runs(rows: list[dict], rates: dict[tuple, float | None]) -> dict[tuple, list[dict]]:
+    """The runs of each (setting, method) at the rate that `rates` gives for it, by seed."""
     chosen = {}
-    for pair, where in pairs.items():
-        rate = best_rate(rows, where)
+    for pair, rate in rates.items():
         runs = [r for r in rows if (r["setting"], r["method"]) == pair and float(r["lr"]) == rate]
         if runs:
             chosen[pair] = sorted(runs, key=lambda row: int(row["seed"]))
@@ -60,19 +58,19 @@ def chosen_runs(rows: list[dict], pairs: dict[tuple, tuple]) -> dict[tuple, list
 def report(chosen: dict, runs: dict, folder: Path) -> None:
     """Write tables.md (printed, too), curves.png, labels.png and pictures of predictions.
 
-    runs: {(setting, method): the folder of the run of seed 0}; pictures are drawn of those that
-    are here."""
+    runs: {(setting, method): the folder of the run of seed 0}; a picture is drawn where the
+    weights of all its methods are here."""
     tables = make_tables(chosen)
     write(folder / "tables.md", lambda file: file.write(f"{tables}\n".encode()))
     print(tables)
     methods = {pair: rows for pair, rows in chosen.items() if ABLATED not in pair[1]}
-    draw_panels(curves(methods), "step", "validation mIoU", folder / "curves.png")
+    if methods:
+        draw_panels(curves(methods), "step", "validation mIoU", folder / "curves.png")
     if bands := label_curve(chosen):
         draw_label_curve(bands, folder / "labels.png")
     for name, file in PICTURES.items():
         here = {m: run for (n, m), run in runs.items() if n == name and (n, m) in methods}
-        here = {m: run for m, run in here.items() if (run / "model.safetensors").exists()}
-        if here:
+        if here and all((run / "model.safetensors").exists() for run in here.values()):
             draw_rows(predict_scenes(here), folder / file)
 
 

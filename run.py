@@ -160,9 +160,9 @@ def base_learning_rate(args: argparse.Namespace, processes: int) -> float:
 
 
 def learning_rate(base: float, step: int, iterations: int) -> float:
-    """Polynomial decay of power 0.9 with a floor of 1e-6; a function of the step, so it ends where
-    it should on any number of processes."""
-    return max(base * (1 - step / iterations) ** 0.9, 1e-6)
+    """Polynomial decay of power 0.9 with a floor of 1e-6, or of a base below that; a function of
+    the step, so it ends where it should on any number of processes."""
+    return max(base * (1 - step / iterations) ** 0.9, min(base, 1e-6))
 
 
 def set_learning_rate(optimizer, args, accelerator: Accelerator, step: int) -> float:

@@ -6,6 +6,7 @@ import pytest
 
 import arguments
 import options
+from errors import UserError
 from recipes import RECIPES
 
 
@@ -38,6 +39,11 @@ def test_the_backbone_chooses_the_optimizer(words, optimizer, lr, decay, scale, 
     args = parse(*words.split())
     assert (args.optimizer, args.lr, args.weight_decay) == (optimizer, lr, decay)
     assert (args.backbone_lr_scale, args.crop_size) == (scale, crop)
+
+
+def test_a_vit_has_one_stride():
+    with pytest.raises(UserError, match="--output-stride has no meaning with test_vit"):
+        parse("--backbone", "test_vit", "--output-stride", "8")
 
 
 def test_going_on_from_a_run_keeps_how_it_saw_its_pictures(tmp_path):

@@ -21,7 +21,8 @@ def small_losses(monkeypatch):
 def test_steps_by_part(name, script, tmp_path):
     file = tmp_path / "bench.json"
     trace = tmp_path / "new" / "trace.json"
-    words = ["--script", name, *TINY.split(), "--json", file, "--trace", trace]
+    weights = ["--backbone-weights", tmp_path / "not_read.safetensors"]  # as in the run's own line
+    words = ["--script", name, *TINY.split(), *weights, "--json", file, "--trace", trace]
     status, out, err = script(bench, *words)
     assert status == 0, err
     results = json.loads(file.read_text())

@@ -42,7 +42,8 @@ ROWS = [
 
 def chosen_runs() -> dict:
     pairs = [(n, m) for n, setting in experiments.SETTINGS.items() for m in setting.methods]
-    return results.chosen_runs(ROWS, {pair: experiments.choose_at(*pair) for pair in pairs})
+    choose_at = experiments.choose_at
+    return results.chosen_runs(ROWS, {p: results.best_rate(ROWS, choose_at(*p)) for p in pairs})
 
 
 def test_the_rate_is_chosen_on_validation_images_at_seed_0():
@@ -106,6 +107,44 @@ def test_a_run_is_made_once_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "measure", None)  # nothing is left to be run
     experiments.main()
     assert (tmp_path / "results.csv").read_bytes() == before
+
+
+def test_what_was_asked_for_is_shown(tmp_path, monkeypatch):
+    """Also where no run chose the rate, and beside runs at a better one."""
+    monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
+    (tmp_path / "streets.png").write_text("of all methods")
+
+    def measure(args, job):
+        words = " ".join(experiments.arguments_of(*job))
+        row = line(job[1], str(job[2]), job[3], 0.3, 0.321, job[0]) | {"arguments": words}
+        results.add_row(args.results, row.values())
+        weights = experiments.folder_of(*job) / "model.safetensors"
+        weights.parent.mkdir(parents=True)
+        weights.write_text("of one method; the others were trained elsewhere")
+
+    monkeypatch.setattr(experiments, "measure", measure)
+    command = ["experiments.py", "--results", str(tmp_path)]
+
+    def table(*words) -> str:
+        monkeypatch.setattr("sys.argv", [*command, *words])
+        experiments.main()
+        return (tmp_path / "tables.md").read_text()
+
+    ablation = "random queries, random keys"
+    assert ablation in table(
+        "--only", "camvid, 20 labels", "--lr", "0.3", "--seeds", "1", "--methods", ablation
+    )
+    assert "camvid, 5 labels" in table("--only", "camvid, 5 labels", "--lr", "0.3", "--seeds", "1")
+    better = line(RECO, "0.2", 0, 0.9, 0.9)
+    results.add_row(tmp_path, better.values())
+    results.add_row(tmp_path, line("ClassMix", "0.2", 0, 0.9, 0.9).values())
+    shown = table("--only", NAME, "--lr", "0.3", "--seeds", "0", "--methods", RECO)
+    assert f"| {NAME} | {RECO} | 0.3 | 32.1 (32.1 to 32.1), n = 1 |" in shown
+    assert (tmp_path / "streets.png").read_text() == "of all methods"  # ClassMix is not here
+    other = "camvid, 20 labels, 8 labelled a step"
+    results.add_row(tmp_path, line("CutMix", "0.04", 0, 0.5, 0.5, other).values())
+    shown = table("--only", NAME, "--lr", "0.3", "--seeds", "0", "--methods", RECO)
+    assert f"| {other} | CutMix | 0.04 |" in shown
 
 
 @pytest.mark.parametrize("name, cached", [(NAME, False), ("camvid, 20 labels", True)])

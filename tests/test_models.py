@@ -66,6 +66,7 @@ def test_golden_teacher_and_rate():
     rates = [run.learning_rate(2.5e-3, epoch, 200) for epoch in range(200)]
     np.testing.assert_allclose(rates, golden["poly_lr_per_epoch"], rtol=1e-12)
     assert run.learning_rate(2.5e-3, 200, 200) == 1e-6
+    assert run.learning_rate(1e-7, 100, 200) == 1e-7  # an explicit one is never raised
 
 
 def test_teacher_averages_parameters_only():
