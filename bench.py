@@ -33,7 +33,7 @@ from tqdm import tqdm
 import run
 import train_semi
 import train_supervised
-from data import Source, load_source
+from data import SOURCES, Source, load_source
 from files import write
 from labels import divide
 from models import MeanTeacher
@@ -50,7 +50,6 @@ PARTS = [
     "backward",
     "optimiser + EMA",
 ]
-CLASSES = {"street": 11, "camvid": 11, "cityscapes": 19, "pascal": 21, "sun": 37, "folder": 3}
 SCRIPTS = {"train_semi.py": train_semi, "train_supervised.py": train_supervised}
 
 # What the loss is timed on: name, shape of rep [B, D, h, w], classes. The data sets at the paper's
@@ -163,7 +162,7 @@ def time_steps(args, accelerator, steps: int, trace: str | None) -> dict:
     Then one step more to count the operations of convolutions and matrix products, forward and
     backward: their share of `matrix_rate` is how well the device is used. And one for a timeline
     of every operation in the file `trace`."""
-    classes, device = CLASSES[args.dataset], accelerator.device
+    classes, device = len(SOURCES[args.dataset].classes) or 3, accelerator.device
     names = [str(i) for i in range(classes)]
     source = Source(args.dataset, names, [(i, i, i) for i in range(classes)], [], [])
     model, _ = run.new_model(args, source, accelerator)
