@@ -16,7 +16,7 @@ from recipes import ADAMW, PAPER, RECIPES, VIT_LR_SCALE
 
 # What may differ between a run and its resumption without changing the result.
 HARMLESS = {"resume", "out_dir", "num_workers", "save_interval", "log_interval", "log_with"}
-HARMLESS |= {"cache_dir", "data_path"}
+HARMLESS |= {"cache_dir", "data_path", "init_from"}
 
 
 def parse(parser: Parser, argv=None) -> argparse.Namespace:
@@ -77,6 +77,8 @@ def resumed_options(args: argparse.Namespace, given: dict) -> argparse.Namespace
     harmless = {name: value for name, value in given.items() if name in HARMLESS}
     older = {name: PAPER[name] for name in ("optimizer", "weight_decay", "backbone_lr_scale")}
     resumed = {**vars(args), **older, **saved, **harmless, "out_dir": str(folder), "resume": True}
+    if resumed.get("labeled_list") and (folder / "labeled.txt").exists():
+        resumed["labeled_list"] = str(folder / "labeled.txt")  # the list itself may have moved
     return argparse.Namespace(**resumed)
 
 

@@ -97,6 +97,8 @@ def probe_features(
         f"--backbone {name} at output stride {output_stride} yields no feature pyramid that "
         f"DeepLabV3+ can use; {WORKING}"
     )
+    if output_stride != 32:
+        refused += "; or try --output-stride 32"
     # ViTs know no output stride: their blocks have the stride of the patch. Other networks that do
     # not know it have one of 32
     choices = [{"output_stride": output_stride}, {"dynamic_img_size": True}]
@@ -134,8 +136,13 @@ def first_that_builds(name: str, choices: list[dict]) -> tuple[dict, nn.Module |
 
 
 def needed_multiple(name: str, output_stride: int | None) -> int:
-    """32 for a network whose stages only fit together on such sides, as HRNet; else 0."""
-    return 0 if feature_widths(name, output_stride, 264) else 32
+    """32 for a network whose stages only fit together on such sides, as HRNet; else 0. UserError
+    for one that those do not suit either (MaxViT)."""
+    if feature_widths(name, output_stride, 264):
+        return 0
+    fits = feature_widths(name, output_stride, 288)
+    need(fits, f"--backbone {name}: takes pictures of a few sizes alone; {WORKING}")
+    return 32
 
 
 @functools.cache

@@ -4,9 +4,11 @@ Everything is written atomically: a killed run always finds a whole file, the ol
 """
 
 import argparse
+import errno
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,13 @@ from torch import Tensor, nn
 
 from errors import UserError, need
 from files import write
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+held = {}  # labeled.txt of the runs of this process, open and so locked until it ends: path -> file
 
 
 # -------------------------------------------------------------------------------- which folder
@@ -40,10 +49,18 @@ def numbered(folder: Path) -> Iterator[Path]:
 
 
 def newest_folder(folder: Path) -> Path:
-    """The last one in use of the folder and its numbered successors."""
-    taken = [path for path in numbered(folder) if path.exists()] if folder.exists() else []
-    need(taken, f"--resume: there is no run {folder}; name it with --out-dir")
-    return taken[-1]
+    """The run last written to of the folder and its numbered successors."""
+    names = re.compile(rf"{re.escape(folder.name)}(-\d+)?")
+    runs = [
+        path for path in folder.parent.glob("*/config.json") if names.fullmatch(path.parent.name)
+    ]
+    need(runs, f"--resume: there is no run {folder}; name it with --out-dir")
+
+    def last_written(config: Path) -> float:
+        state = config.parent / "checkpoint" / "state.pt"
+        return max(file.stat().st_mtime for file in (config, state) if file.exists())
+
+    return max(runs, key=last_written).parent
 
 
 def choose_folder(args: argparse.Namespace, accelerator: Accelerator) -> Path:
@@ -54,7 +71,9 @@ def choose_folder(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         folder = Path(args.out_dir) if args.out_dir else next(free)
         choice = [str(folder)]
         try:
-            if not args.resume:
+            if args.resume:
+                hold(folder)
+            else:
                 check_new_folder(folder)
         except UserError as error:  # told by every process, so that none waits for another
             choice = [error]
@@ -77,6 +96,45 @@ def check_new_folder(folder: Path) -> None:
     need(writable, f"--out-dir {folder}: {parent} is not writable")
 
 
+def hold(folder: Path, text: str | None = None) -> None:
+    """Keep other processes out of a run's folder while this one lives, by a lock on labeled.txt;
+    in a new run the file is made, and gets `text`. UserError where another one holds it."""
+    path, new = folder / "labeled.txt", text is not None
+    if not new and not path.exists():
+        return  # it was lost
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = held.get(path)
+        if not (file and path.exists() and os.path.samestat(os.fstat(file), path.stat())):
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        need(
+            lock(file) and not (new and (folder / "config.json").exists()),
+            f"{folder}: another process trains in this folder; wait for its end, or choose another "
+            "with --out-dir",
+        )
+        held[path] = file
+        if new:  # in place, since the lock is on this very file
+            os.ftruncate(file, 0)
+            os.write(file, text.encode())
+            os.fsync(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def lock(file: int) -> bool:
+    """Whether nobody else has the lock on a file that is open. Where the system knows no locks
+    nobody has it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+    return True
+
+
 # ------------------------------------------------------------------------------------- config
 def read_config(folder: Path) -> dict:
     """config.json of a run; UserError where it is missing or contradicts itself."""
@@ -94,15 +152,22 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{path}: is damaged ({type(error).__name__}: {error})") from None
 
 
-def best_miou(folder: Path) -> float | None:
-    """The best validation mIoU in a run's history.json, in 0 .. 1; None where there is none."""
+def read_history(folder: Path) -> list[dict]:
+    """The validations of a run, in history.json: "step", "miou" in 0 .. 1, and more."""
     path = folder / "history.json"
     if not path.is_file():
-        return None
+        return []
     try:
-        return max(entry["miou"] for entry in json.loads(path.read_text()))
+        history = json.loads(path.read_text())
+        [(entry["step"], entry["miou"]) for entry in history]
+        return history
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is damaged ({type(error).__name__}: {error})") from None
+
+
+def best_miou(folder: Path) -> float | None:
+    """The best validation mIoU of a run, in 0 .. 1; None where there is none."""
+    return max((entry["miou"] for entry in read_history(folder)), default=None)
 
 
 def check_config(config: dict) -> None:
@@ -172,6 +237,8 @@ def read_torch(path: Path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # the unpickler and the zip reader raise many kinds
         raise UserError(
             f"{path}: is damaged or holds more than plain tensors, so it is not loaded "
@@ -192,12 +259,30 @@ def load_state(folder: Path) -> dict | None:
     # left by a run that was killed while it wrote; every process tries to remove them
     for partial in [*folder.glob(".*.part"), *folder.glob("checkpoint/.*.part")]:
         partial.unlink(missing_ok=True)
-    path = folder / "checkpoint" / "state.pt"
-    return read_torch(path) if path.exists() else None
+    path, anew = folder / "checkpoint" / "state.pt", f"begin a new run with --init-from {folder}"
+    if path.exists():
+        try:
+            return read_torch(path)
+        except UserError as error:
+            raise UserError(f"{error}; bring back a whole one, or {anew}") from None
+    reached = max((entry["step"] for entry in read_history(folder)), default=0)
+    need(
+        reached <= read_config(folder)["arguments"]["save_interval"],
+        f"{path}: is gone, though the run got to step {reached}; bring it back, or {anew}",
+    )
+    return None
 
 
-def restore(state: dict, **parts) -> None:
-    """Give every part the state that save_state wrote of it."""
-    for name, part in parts.items():
-        if part and state[name]:
-            part.load_state_dict(state[name])
+def restore(state: dict, record, **parts) -> None:
+    """Give the record and every part the state that save_state wrote of it."""
+    try:
+        record.load_state_dict(state)
+        for name, part in parts.items():
+            if part and state[name]:
+                part.load_state_dict(state[name])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"{record.folder / 'checkpoint' / 'state.pt'}: does not fit this network or this "
+            f"version ({reason}); begin a new run with --init-from {record.folder}"
+        ) from None

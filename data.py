@@ -50,6 +50,7 @@ class Source:
     colours: dict[int, int] | None = None  # of masks in colours, see files.read_label
     size: tuple[int, int] | None = None  # (H, W) every image is brought to (training resolution)
     max_size: int | None = None  # ... or the longer side is brought down to
+    enlarge: bool = False  # ... and up to
     eval_pad: tuple[int, int] | None = None  # (H, W) evaluated images are padded to
     uniform: bool = False  # all images have one size on disk
     min_classes: int = 1  # distinct classes an image of the labelled split must hold
@@ -61,8 +62,9 @@ class Source:
         """(H, W) at which an image of the data set is trained on."""
         if self.size:
             return self.size
-        shrink = min(1.0, self.max_size / max(height, width)) if self.max_size else 1.0
-        return max(1, round(height * shrink)), max(1, round(width * shrink))
+        factor = self.max_size / max(height, width) if self.max_size else 1.0
+        factor = factor if self.enlarge else min(1.0, factor)
+        return max(1, round(height * factor)), max(1, round(width * factor))
 
     def one_size(self, full_resolution: bool = False) -> bool:
         """Whether all evaluated images have one size, so that several make a batch."""

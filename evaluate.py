@@ -10,6 +10,7 @@
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -63,7 +64,7 @@ def parse_options() -> argparse.Namespace:
         "--full-resolution",
         action="store_true",
         help="the network sees the images at the size of their files and is scored there "
-        "(Cityscapes: 2048x1024)",
+        "(Cityscapes: 2048x1024; with --scales 0.5 it sees them as it was trained)",
     )
     add_prediction_options(add)
     add(
@@ -79,13 +80,12 @@ def parse_options() -> argparse.Namespace:
 
 def choose_json(args: argparse.Namespace) -> Path:
     """Where the results go; UserError where that cannot be written to."""
-    if args.json:
-        path = Path(args.json)
-        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
-        need(writable, f"--json {path}: {path.parent} is no folder that can be written to")
-        return path
     folder = Path(args.run) if args.run and Path(args.run).is_dir() else Path()
-    return folder / f"evaluation-{args.split}.json"
+    path = Path(args.json) if args.json else folder / f"evaluation-{args.split}.json"
+    writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    need(writable, f"--json {path}: {path.parent} is no folder that can be written to")
+    need(not path.is_dir(), f"--json {path}: is a folder; name a file")
+    return path
 
 
 def load_images(args: argparse.Namespace, config: dict) -> Source:
@@ -94,6 +94,8 @@ def load_images(args: argparse.Namespace, config: dict) -> Source:
     dataset = args.dataset or saved["dataset"]
     own_path = saved.get("data_path") if dataset == saved["dataset"] else None
     source = load_source(dataset, args.data_path or own_path, saved.get("max_size"))
+    if source.own_files and config.get("size"):  # as `predict` does, see Segmenter.network_size
+        source = replace(source, max_size=max(config["size"]), enlarge=True)
     theirs = [name.lower() for name in source.classes]
     ours = [name.lower() for name in config["classes"]]
     if theirs != ours:

@@ -27,8 +27,8 @@ def is_hub_name(name: str) -> bool:
 def fetch(name: str) -> Path:
     """The folder with the newest config.json and weights of user/name, downloaded into the hub's
     cache; without a connection, those that are there. Raises UserError where there are none."""
-    cached = all(isinstance(try_to_load_from_cache(name, file), str) for file in FILES)
     try:
+        cached = all(isinstance(try_to_load_from_cache(name, file), str) for file in FILES)
         try:  # one request decides: the download itself would try for a minute
             get_hf_file_metadata(hf_hub_url(name, FILES[0]), timeout=5)
             connected = True

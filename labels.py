@@ -209,11 +209,15 @@ def published_split(source: Source, path: str | Path) -> list[Sample]:
         if not line.strip():
             continue
         first = line.split()[0]
-        names = [  # a user's file name may hold spaces, so the whole line is tried first
+        # a user's file name may hold spaces, so the whole line is tried first; but where a label's
+        # path follows, the line's last name is the label's, and SUN has an image of that number
+        two = Path(first).suffix.lower() in files.IMAGE_SUFFIXES and first != line.strip()
+        names = [
             name
-            for image in (Path(line.strip()), Path(first))
+            for image in ((Path(first),) if two else (Path(line.strip()), Path(first)))
             for name in (image.name, image.stem, image.stem.removesuffix("_leftImg8bit"))
         ]
+        names.insert(0, line.strip())  # as labeled.txt has it
         sample = next((by_name[name] for name in names if name in by_name), None)
         where = f"{path}, line {number}"
         need(sample, f"{where}: {first} is no training image of this data set")
@@ -293,6 +297,25 @@ def divide(
     none_left = len(chosen) == len(source.train)
     others = [s for s in source.train if none_left or s in kept or s not in chosen]
     return Division(labelled, [s if s in kept else replace(s, label=None) for s in others], partial)
+
+
+def fingerprint(source: Source, division: Division) -> dict[str, str]:
+    """What a run that goes on must find again: of the images that are labelled, unlabelled and
+    validated on, a hash of names and sizes of the files; and of the colours of the classes."""
+
+    def of(samples: list[Sample]) -> str:
+        entries = [
+            (s.name, *(os.path.getsize(f) for f in (s.image, s.label) if f and not s.drawn))
+            for s in samples
+        ]
+        return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
+
+    lists = {
+        "labelled images": of(division.labelled),
+        "unlabelled images": of(division.unlabelled),
+        "validation images": of(source.val),
+    }
+    return lists | {"colours of the classes": repr(source.colours)}
 
 
 # ------------------------------------------------------------------------------ partial labels

@@ -67,15 +67,17 @@ class EvaluationImages(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        """Image uint8 [3, H, W], label uint8 [H, W] (255 = not labelled), index."""
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Image uint8 [3, H, W], label uint8 [H, W] (255 = not labelled), and their height and
+        width before they were padded on the right and below."""
         image, label = self.source.read(self.samples[index], self.full_resolution)
+        size = torch.tensor(label.shape)
         if self.source.eval_pad and not self.full_resolution:
             height, width = self.source.eval_pad
             below, right = max(0, height - label.shape[0]), max(0, width - label.shape[1])
             image = reflect_pad(image, height, width)
             label = F.pad(label, (0, right, 0, below), value=IGNORE)
-        return image, label, index
+        return image, label, size
 
 
 # -------------------------------------------------------------------------------------------- order

@@ -103,11 +103,16 @@ def evaluate(
     metrics = Metrics(num_classes, accelerator.device)
     # None: shown on a terminal alone
     silent = None if progress and accelerator.is_main_process else True
-    for images, label, _ in tqdm(loader, desc=progress, unit="batch", leave=False, disable=silent):
+    bar = tqdm(loader, desc=progress, unit="batch", leave=False, disable=silent)
+    for images, label, sizes in bar:
         with accelerator.autocast():
             images = to_float(images, accelerator.device)
             prob = predict_probabilities(model, images, **prediction)
-        metrics.update(prob.argmax(dim=1), label.to(accelerator.device, non_blocking=True))
+        predicted = prob.argmax(dim=1)
+        label = label.to(accelerator.device, non_blocking=True)
+        for height, width in sizes.unique(dim=0).tolist():  # a boundary's width is the image's own
+            same = (sizes == torch.tensor([height, width])).all(dim=1).nonzero()[:, 0].tolist()
+            metrics.update(predicted[same, :height, :width], label[same, :height, :width])
     model.train(training)
     metrics.confusion = accelerator.reduce(metrics.confusion)
     metrics.boundary = accelerator.reduce(metrics.boundary)

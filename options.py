@@ -327,7 +327,7 @@ def add_prediction_options(add) -> None:
     add("--flip", action="store_true", help="average with the mirrored image")
     add(
         "--scales",
-        type=positive_float,
+        type=number(float, 0.01, 10, "a number from 0.01 to 10"),
         nargs="+",
         default=[1.0],
         metavar="S",

@@ -9,6 +9,7 @@ picture's own size, and an overlay.
 """
 
 import argparse
+import glob
 import importlib.util
 import itertools
 import json
@@ -177,14 +178,25 @@ def save_png(path: Path, picture: Image.Image, compress_level: int = 6) -> None:
 
 
 def suggest(scores: list[tuple[float, Path]], run: str | None, number: int) -> list[str]:
-    """The lines of suggest.txt: the pictures to label next, least certain first."""
+    """The lines of suggest.txt: the pictures to label next, least certain first. Left out are those
+    that the run was trained on with a label, and those of images/... with a mask in labels/..."""
     file = Path(run or ".") / "labeled.txt"
     labelled = set(file.read_text().splitlines()) if run and file.exists() else set()
     unsure = [
-        entry for entry in scores if entry[1].stem.removesuffix("_leftImg8bit") not in labelled
+        (score, picture)
+        for score, picture in scores
+        if picture.stem.removesuffix("_leftImg8bit") not in labelled and not has_mask(picture)
     ]
     unsure = sorted(unsure, key=lambda entry: -entry[0])[:number]
     return [f"{score:.4f}  {picture}" for score, picture in unsure]
+
+
+def has_mask(picture: Path) -> bool:
+    """Whether a picture in the layout of `--dataset folder` has a label."""
+    images, part = picture.parents[1], picture.parent.name
+    return images.name == "images" and any(
+        (images.parent / "labels" / part).glob(f"{glob.escape(picture.stem)}.[pP][nN][gG]")
+    )
 
 
 # ------------------------------------------------------------------------------------ ONNX export
@@ -206,6 +218,7 @@ def export_onnx(model: nn.Module, classes: list[str], path: Path) -> None:
         not missing,
         f"--onnx needs packages that are not installed: pip install {' '.join(missing)}",
     )
+    need(not path.is_dir(), f"--onnx {path}: is a folder; name a file")
     need(
         path.parent.is_dir() and os.access(path.parent, os.W_OK),
         f"--onnx {path}: {path.parent} is no folder that can be written to",

@@ -29,7 +29,8 @@ def predict_probabilities(
     for scale in scales:
         scaled = images
         if scale != 1:
-            size = [max(1, round(height * scale)), max(1, round(width * scale))]
+            # not so small that the backbone has nothing left, see Segmenter.network_size
+            size = [max(min(32, side), round(side * scale)) for side in (height, width)]
             scaled = F.interpolate(images, size=size, mode="bilinear", antialias=True)
         total = total + windowed(model, scaled, window, (height, width))
         if flip:

@@ -13,11 +13,11 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import pictures
-from checkpoint import write_torch, write_weights
+from checkpoint import hold, write_torch, write_weights
 from data import Source
 from errors import UserError, need
-from files import write, write_json
-from labels import Division
+from files import write_json
+from labels import Division, fingerprint
 from metrics import evaluate, table
 from processes import COLLECTIVE_LIMIT, Stop, speak_for_itself
 from run import resume_command, start_line
@@ -49,10 +49,13 @@ class Record:
     def load_state_dict(self, state: dict) -> None:
         self.step, self.best = state["step"], state["best"]
         self.history, self.skipped = state["history"], state["skipped"]
+        if not (self.folder / "model.safetensors").exists():
+            self.best = None  # its weights are gone: the next validation's are kept
 
     def announce(self, division: Division, loaders: list) -> None:
         """Before the first step: what the run is, in one line. Nothing is written yet."""
         self.labelled, self.loaders = division.labelled, loaders
+        self.config["data"] = fingerprint(self.source, division)
         line = start_line(
             self.args, self.accelerator, self.folder, self.source, self.config, division, loaders
         )
@@ -88,13 +91,7 @@ class Record:
 
     def write_config(self) -> None:
         """config.json and labeled.txt"""
-        need(
-            not (self.folder / "config.json").exists(),
-            f"{self.folder}: another run that began meanwhile took this folder; begin again, or "
-            "choose one with --out-dir",
-        )
-        names = "".join(f"{sample.name}\n" for sample in self.labelled)
-        write(self.folder / "labeled.txt", lambda file: file.write(names.encode()))
+        hold(self.folder, "".join(f"{sample.name}\n" for sample in self.labelled))
         self.config["arguments"] = {
             **vars(self.args),
             "processes": self.accelerator.num_processes,

@@ -15,6 +15,7 @@ from torch import nn
 from checkpoint import load_weights, read_config, read_weights
 from data import Source
 from errors import UserError, need
+from labels import Division, fingerprint
 from models import DeepLabV3Plus
 from processes import COLLECTIVE_LIMIT, cores, start_server
 
@@ -120,11 +121,11 @@ def check_crop(model: DeepLabV3Plus, args: argparse.Namespace) -> None:
 def init_from(model: DeepLabV3Plus, folder: Path, classes: list[str]) -> None:
     """The weights of a finished run of the same classes (--init-from). The head of the
     representation begins at random where the run has none."""
-    weights = read_weights(folder / "model.safetensors")
     need(
         read_config(folder)["classes"] == classes,
         f"--init-from {folder}: was trained on other classes than those of this data set",
     )
+    weights = read_weights(folder / "model.safetensors")
     ours, theirs = (
         {key for key in state if key.startswith("representation.")}
         for state in (model.state_dict(), weights)
@@ -187,8 +188,10 @@ def seed_step(seed: int, step: int, rank: int) -> np.random.Generator:
     return np.random.default_rng(sequence)
 
 
-def check_resumed(accelerator: Accelerator, folder: Path, source: Source, labelled: list) -> None:
-    """UserError where processes, precision, classes or labelled images are not those of the run."""
+def check_resumed(
+    accelerator: Accelerator, folder: Path, source: Source, division: Division
+) -> None:
+    """UserError where processes, precision, classes or data are not those of the run."""
     config = read_config(folder)
     saved = config["arguments"]
     now = {
@@ -200,13 +203,16 @@ def check_resumed(accelerator: Accelerator, folder: Path, source: Source, labell
         for name, value in now.items()
         if saved[name] != value
     ]
-    file = folder / "labeled.txt"
-    names = "".join(f"{sample.name}\n" for sample in labelled)
-    if file.exists() and file.read_text() != names:
-        differing.append("the labelled images (the data have changed)")
+    data = fingerprint(source, division)
+    before = config.get("data", data)  # a run of an older version has none
+    differing += [f"other {part}" for part in data if data[part] != before.get(part)]
     if config["classes"] != source.classes:
         differing.append("the classes (classes.txt has changed)")
-    need(not differing, f"--resume {folder}: {', '.join(differing)} would change the result")
+    need(
+        not differing,
+        f"--resume {folder}: {', '.join(differing)} would change the result; put back what the run "
+        f"had, or begin a new one with --init-from {folder}",
+    )
 
 
 def start_line(

@@ -250,10 +250,9 @@ def main() -> None:
     record = Record(args, accelerator, folder, source, config)
     parts = dict(model=model, optimizer=optimizer, teacher=teacher, scaler=accelerator.scaler)
     if args.resume:
-        run.check_resumed(accelerator, folder, source, division.labelled)
+        run.check_resumed(accelerator, folder, source, division)
     if state:
-        record.load_state_dict(state)
-        checkpoint.restore(state, **parts)
+        checkpoint.restore(state, record, **parts)
 
     # batches of the steps that remain
     loaders = training_loaders(args, source, division, accelerator, record.step)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import arguments
+import backbones
 import options
 from backbones import DilatedDepthwise, build_backbone
 from errors import UserError
@@ -187,6 +188,14 @@ def test_weights_that_do_not_fit(tmp_path, ending):
     assert str(tuple(state["conv1.0.weight"].shape)) in line
     line = refusal(written(state, tmp_path / f"other{ending}"), "resnet18")
     assert "--backbone resnet18" in line and "entries differ" in line
+
+
+def test_what_cannot_be_used_says_what_could():
+    with pytest.raises(UserError, match=r"repvit_m0_9 at .* try --output-stride 32"):
+        backbones.probe_features("repvit_m0_9", 16, 4)
+    with pytest.raises(UserError, match="maxvit_nano_rw_256: takes pictures of a few sizes alone"):
+        backbones.needed_multiple("maxvit_nano_rw_256", None)
+    assert backbones.needed_multiple("hrnet_w18_small", None) == 32
 
 
 def test_files_that_are_no_weights(tmp_path):

@@ -24,6 +24,7 @@ import published
 import transforms
 import trees
 from cli import ROOT, run_script
+from loaders import EvaluationImages
 from metrics import Metrics
 from mixing import IGNORE
 from prediction import predict_probabilities, tile_starts
@@ -215,6 +216,25 @@ def test_boundary_iou_hand_worked():
     assert (
         perfect["boundary_iou"] == perfect["miou"] == perfect["accuracy"] == 1.0
     )  # whatever is predicted where nothing is labelled
+
+
+def test_the_padding_of_an_image_makes_its_boundary_no_wider(tmp_path):
+    """Pascal's images are padded to 513 x 513; two per cent are those of the image's diagonal."""
+    tree = trees.pascal(tmp_path, size=(60, 90))
+    source = data.load_source("pascal", str(tree))
+    images = EvaluationImages(source, source.val)
+    assert images[0][0].shape == (3, 513, 513)
+
+    model, counts = Pointwise(3), Metrics(21)
+    loader = torch.utils.data.DataLoader(images, 3)
+    results, confusion = metrics.evaluate(model, loader, 21, Accelerator(cpu=True))
+    for sample in source.val:
+        image, label = source.read(sample)
+        with torch.no_grad():
+            prediction = model(transforms.to_float(image[None], "cpu"))[0].argmax(1)
+        counts.update(prediction, label[None])
+    assert results == counts.results() and results["boundary_iou"] > 0
+    assert torch.equal(confusion, counts.confusion)
 
 
 def test_a_batch_counts_as_its_images():
@@ -513,6 +533,9 @@ def bad(own, tmp_path):
         ([own, "--dataset", "folder", "--data-path", four], "4 classes"),
         ([own, "--split", "test"], "--split test"),
         ([own, "--scales", "0"], "--scales"),
+        ([own, "--scales", "1e9"], "--scales"),
+        ([own, "--json", own], "is a folder"),
+        (["nowhere/my run"], "nowhere/my run: no such folder"),
         ([own, "--json", "nowhere/results.json"], "nowhere"),
         ([own, "--dataset", "folder", "--data-path", torn], "val_001.png"),
         (["--checkpoint", tmp_path / "foreign.pth"], "--dataset"),

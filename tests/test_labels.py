@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -239,6 +240,15 @@ def test_published_lists(tmp_path, tree, line):
         labelled, unlabelled, partial = labels.divide(source, 0, None, str(file), 0)
         assert labelled == chosen and not partial  # each once, in the order of the list
         assert len(unlabelled) == len(source.train) - 2
+
+
+def test_a_label_in_a_list_is_no_image(tmp_path):
+    """SUN's first training image has label 5051, and there is a training image 5051."""
+    samples = [Sample(f"img-{n:06d}", "image", "label") for n in (1, 235, 5051, 5285)]
+    source = replace(data.SOURCES["sun"], train=samples)
+    lines = [f"SUN/img-{n:06d}.jpg labels/img-{n + 5050:06d}.png\n" for n in (1, 235)]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    assert labels.published_split(source, tmp_path / "list.txt") == samples[:2]
 
 
 def test_a_runs_own_list_can_be_given_back(tmp_path):

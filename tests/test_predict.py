@@ -473,6 +473,11 @@ def test_a_linked_picture_has_the_name_of_the_link(street, script, tmp_path):
     words = [tmp_path / "run", tmp_path / "in", "--out-dir", tmp_path / "out", "--suggest", 5]
     status, text, _ = script(predict, *words)
     assert status == 0 and "2 of 2 pictures" in text
+    masked = tmp_path / "images" / "val" / "a.png"
+    assert not predict.has_mask(masked)
+    (tmp_path / "labels" / "val").mkdir(parents=True)
+    (tmp_path / "labels" / "val" / "a.PNG").write_text("x")
+    assert predict.has_mask(masked) and not predict.has_mask(tmp_path / "other" / "val" / "a.png")
     (suggested,) = (tmp_path / "out" / "suggest.txt").read_text().splitlines()
     assert suggested.endswith(str(tmp_path / "in" / "link_1.png"))
 

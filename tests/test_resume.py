@@ -9,18 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import files
 import processes
 import trees
 from cli import ENVIRONMENT, ROOT, fork, launcher, run_many, run_script
 from errors import UserError
-from record import Record
 
 # checkpoints at every step and a validation at every third: mostly something is being written
 OPTIONS = [
@@ -354,11 +354,77 @@ def test_a_bad_step_before_the_unlabelled_images_join_is_told_in_time(tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    """Both chose it when it was free; the second to open it gives way."""
-    (tmp_path / "config.json").write_text("{}")
-    second = SimpleNamespace(folder=tmp_path)
-    with pytest.raises(UserError, match="another run that began meanwhile"):
-        Record.write_config(second)
+    """Both chose it when it was free, or one is resumed while it still trains: the second to open
+    it gives way. The end of a process, however it comes, frees the folder."""
+    code = "import sys, time, pathlib as p, checkpoint as c; c.hold(p.Path(sys.argv[1]), 'a\\n')"
+    code += "; print('held', flush=True); time.sleep(99)"
+    command = [sys.executable, "-c", code, tmp_path]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        for text in ("b\n", None):  # a new run, a resumed one
+            with pytest.raises(UserError, match="another process trains in this folder"):
+                checkpoint.hold(tmp_path, text)
+        first.kill()
+    checkpoint.hold(tmp_path)
+    assert (tmp_path / "labeled.txt").read_text() == "a\n"
+    (tmp_path / "config.json").write_text("{}")  # one that began and ended meanwhile
+    with pytest.raises(UserError, match="another process trains in this folder"):
+        checkpoint.hold(tmp_path, "b\n")
+
+
+def test_the_newest_run_is_the_one_last_written_to(tmp_path):
+    for i, (name, age) in enumerate([("x", 5), ("x-3", 9), ("x-2", 7), ("x-y", 0), ("xx", 0)]):
+        (tmp_path / name / "checkpoint").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+        os.utime(tmp_path / name / "config.json", (10**9 - age - i, 10**9 - age - i))
+    (tmp_path / "x-4").mkdir()  # begun and ended with nothing
+    assert checkpoint.newest_folder(tmp_path / "x") == tmp_path / "x"
+    (tmp_path / "x-2" / "checkpoint" / "state.pt").write_text("")
+    assert checkpoint.newest_folder(tmp_path / "x") == tmp_path / "x-2"
+    with pytest.raises(UserError, match="there is no run"):
+        checkpoint.newest_folder(tmp_path / "z")
+
+
+def test_what_a_run_has_lost_is_told_and_nothing_is_spoiled(tmp_path):
+    tree, run = trees.folder(tmp_path / "data", size=(32, 40)), tmp_path / "run"
+    (tmp_path / "list.txt").write_text("train_001\ntrain_000\n")
+    words = f"""train_supervised.py --dataset folder --data-path {tree} --recipe street
+        --labeled-list {tmp_path / "list.txt"} --crop-size 32 --channels 8 --low-channels 8
+        --rep-dim 8 --batch-size 2 --num-workers 0 --log-with none --iterations 4
+        --val-interval 2 --out-dir {run}""".split()
+    done = fork(*words)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "list.txt").unlink()  # the run has its own
+    images = [min((tree / "images" / part).iterdir()) for part in ("val", "train")]
+    state, weights = run / "checkpoint" / "state.pt", run / "model.safetensors"
+    whole, before = state.read_bytes(), weights.read_bytes()
+
+    def resumed():
+        return fork("train_supervised.py", "--out-dir", run, "--resume")
+
+    def refused() -> str:
+        done = resumed()
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert weights.read_bytes() == before
+        return done.stderr
+
+    assert resumed().returncode == 0
+    state.unlink()
+    assert "state.pt: is gone, though the run got to step 4" in refused()
+    state.write_bytes(whole[:1000])
+    assert "state.pt: is damaged" in refused() and "--init-from" in refused()
+    torch.save({"step": 2, "best": None, "skipped": 0}, state)
+    assert "state.pt: does not fit this network or this version" in refused()
+    state.write_bytes(whole)
+    for image, what in zip(images, ("validation", "labelled"), strict=True):
+        old = image.read_bytes()
+        trees.save(image, np.zeros((32, 40, 3), np.uint8))
+        assert f"other {what} images would change the result; put back" in refused()
+        image.write_bytes(old)
+    weights.unlink()  # no validation follows that could write others
+    done = resumed()
+    assert done.returncode == 0 and "best validation" not in done.stdout
 
 
 def test_what_the_system_refuses_is_one_line(capsys, monkeypatch):
