@@ -1,6 +1,7 @@
 """A run's folder: its name, config.json, the weights to use and the state to resume from.
 
 Everything is written atomically: a killed run always finds a whole file, the old or the new one.
+labeled.txt alone is written in place, before config.json, without which a folder holds no run.
 """
 
 import argparse

@@ -193,7 +193,7 @@ def suggest(scores: list[tuple[float, Path]], run: str | None, number: int) -> l
 
 def has_mask(picture: Path) -> bool:
     """Whether a picture in the layout of `--dataset folder` has a label."""
-    images, part = picture.parents[1], picture.parent.name
+    images, part = picture.parent.parent, picture.parent.name
     return images.name == "images" and any(
         (images.parent / "labels" / part).glob(f"{glob.escape(picture.stem)}.[pP][nN][gG]")
     )

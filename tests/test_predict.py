@@ -4,6 +4,7 @@ of a file that is no picture."""
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -478,6 +479,7 @@ def test_a_linked_picture_has_the_name_of_the_link(street, script, tmp_path):
     (tmp_path / "labels" / "val").mkdir(parents=True)
     (tmp_path / "labels" / "val" / "a.PNG").write_text("x")
     assert predict.has_mask(masked) and not predict.has_mask(tmp_path / "other" / "val" / "a.png")
+    assert not predict.has_mask(Path("/a.png"))
     (suggested,) = (tmp_path / "out" / "suggest.txt").read_text().splitlines()
     assert suggested.endswith(str(tmp_path / "in" / "link_1.png"))
 
