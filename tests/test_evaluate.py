@@ -4,6 +4,7 @@ are made, and evaluate.py as a user runs it."""
 import functools
 import itertools
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -235,6 +236,17 @@ def test_the_padding_of_an_image_makes_its_boundary_no_wider(tmp_path):
         counts.update(prediction, label[None])
     assert results == counts.results() and results["boundary_iou"] > 0
     assert torch.equal(confusion, counts.confusion)
+
+
+def test_a_folder_is_scored_at_the_size_that_predict_takes(tmp_path):
+    """A run whose images all had one size sees others at that, larger and smaller ones."""
+    tree = trees.folder(tmp_path)
+    classes = data.load_source("folder", str(tree)).classes
+    arguments = {"dataset": "camvid", "max_size": 1024}
+    config = {"arguments": arguments, "size": [36, 48], "classes": classes}
+    source = evaluate.load_images(Namespace(dataset="folder", data_path=str(tree)), config)
+    assert source.training_size(96, 128) == source.training_size(9, 12) == (36, 48)
+    assert source.training_size(128, 96) == (48, 36)
 
 
 def test_a_batch_counts_as_its_images():
