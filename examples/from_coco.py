@@ -18,7 +18,15 @@ import json
 from pathlib import Path, PurePath
 
 import numpy as np
-from own_folder import NOT_LABELLED, add_picture, distinct_names, refuse, write_classes
+from own_folder import (
+    NOT_LABELLED,
+    PICTURES,
+    add_picture,
+    distinct_names,
+    refuse,
+    tell_share,
+    write_classes,
+)
 from PIL import Image
 from pycocotools.coco import COCO
 from tqdm import tqdm
@@ -90,14 +98,25 @@ def main() -> None:
         refuse(f"{args.annotations}: an annotation has no segmentation; boxes alone make no masks")
     names = distinct_names([PurePath(image["file_name"]) for image in pictures])
     write_classes(args.out, classes)
+    shares = []  # not labelled, of each annotated picture
     for image, name in zip(tqdm(pictures, unit="picture", disable=None), names, strict=True):
         label = None
         if panoptic and image["id"] in annotated:
             label = paint_segments(folder, by_image[image["id"]], ids, nothing)
         elif not panoptic and (image["id"] in annotated or args.background):
             label = paint_instances(coco, image, ids, nothing)
+        if label is not None:
+            shares.append((label == NOT_LABELLED).mean())
         add_picture(args.out, args.split, args.images / image["file_name"], label, name)
     print(f"{args.out}: {len(pictures)} pictures, {len(annotated)} annotated, in {args.split}")
+    tell_share(shares)
+    here, listed = args.out / "images" / "train", {image["file_name"] for image in pictures}
+    found = [path for path in args.images.rglob("*") if path.suffix.lower() in PICTURES]
+    left = sum(path.relative_to(args.images).as_posix() not in listed for path in found)
+    if left and args.split == "train" and args.images.resolve() != here.resolve():
+        print(
+            f"{args.images}: {left} more are not in the JSON; copied to {here} they are unlabelled"
+        )
 
 
 def load_instances(file: Path) -> COCO:

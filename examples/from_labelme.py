@@ -18,12 +18,19 @@ import math
 from pathlib import Path, PurePath
 
 import numpy as np
-from own_folder import NOT_LABELLED, add_picture, distinct_names, refuse, write_classes
+from own_folder import (
+    NOT_LABELLED,
+    PICTURES,
+    add_picture,
+    distinct_names,
+    refuse,
+    tell_share,
+    write_classes,
+)
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 IGNORED = "__ignore__"
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def parse_options() -> argparse.Namespace:
@@ -113,14 +120,17 @@ def main() -> None:
         classes = first + listed
     write_classes(args.out, classes)
     ids = {name: i for i, name in enumerate(classes)} | {IGNORED: NOT_LABELLED}
+    shares = []  # not labelled, of each annotated picture
     for one in tqdm(files, unit="picture", disable=None):
         label = np.full(one["size"], 0 if args.background else NOT_LABELLED, np.uint8)
         for name, kind, shape in one["shapes"]:
             label[mask_of(one["file"], kind, shape, one["size"], args.width)] = ids[name]
+        shares.append((label == NOT_LABELLED).mean())
         add_picture(args.out, args.split, one["image"], label)
     for picture in others:
         add_picture(args.out, args.split, picture, None)
     print(f"{args.out}: {len(files)} annotated pictures in {args.split}, {len(others)} others")
+    tell_share(shares)
 
 
 if __name__ == "__main__":

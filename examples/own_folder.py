@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 NOT_LABELLED = 255
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def refuse(reason: str) -> NoReturn:
@@ -19,7 +20,8 @@ def refuse(reason: str) -> NoReturn:
 def write_classes(out: Path, classes: list[str]) -> None:
     """OUT/classes.txt; one that is there, from another split, must have the same classes."""
     if not 2 <= len(classes) <= 253:
-        refuse(f"{len(classes)} classes ({', '.join(classes[:5])}); 2 to 253 are possible")
+        more = "; --background NAME adds one" if len(classes) == 1 else ""
+        refuse(f"{len(classes)} classes ({', '.join(classes[:5])}); 2 to 253 are possible{more}")
     file, text = out / "classes.txt", "".join(f"{name}\n" for name in classes)
     if file.exists() and file.read_text() != text:
         refuse(f"{file}: has other classes than {', '.join(classes)}; choose another folder")
@@ -61,3 +63,10 @@ def add_picture(
             Image.fromarray(label).save(out / "labels" / split / f"{target.stem}.png")
     except OSError as error:
         refuse(f"{error.filename or out}: cannot be written ({error.strerror or error})")
+
+
+def tell_share(shares: list[float]) -> None:
+    """Say how much of the annotated pictures is not labelled: a network that is never shown the
+    background calls it something else."""
+    if shares and (mean := sum(shares) / len(shares)) >= 0.005:
+        print(f"{mean:.0%} of their pixels are not labelled; --background NAME makes them a class")

@@ -22,9 +22,10 @@ def start(script: str, *words) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def convert(script: str, *words) -> None:
+def convert(script: str, *words) -> str:
     done = start(script, *words)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def refusal(script: str, *words) -> str:
@@ -82,7 +83,10 @@ def instances(tmp_path):
 
 
 def test_coco_instances(instances, photos, tmp_path):
-    convert("from_coco.py", instances, photos, tmp_path / "out")
+    trees.save(photos / "more" / "d.jpg", np.full((20, 30, 3), 99, np.uint8))
+    told = convert("from_coco.py", instances, photos, tmp_path / "out")
+    assert "photos: 1 more are not in the JSON" in told
+    assert "90% of their pixels are not labelled; --background" in told  # 83 % of a, 97 % of b
     assert (tmp_path / "out" / "classes.txt").read_text() == "car\nperson\n"
     found = labels(tmp_path / "out", "train")
     assert sorted(found) == ["a", "b"]  # c has no annotation: unlabelled
@@ -91,7 +95,8 @@ def test_coco_instances(instances, photos, tmp_path):
     assert (found["b"][:, 0] == 0).all() and (found["b"][:, 1:] == 255).all()
     words = [instances, photos, tmp_path / "two", "--background", "nothing", "--split"]
     for split in ("train", "val"):
-        convert("from_coco.py", *words, split)
+        told = convert("from_coco.py", *words, split)
+    assert "not labelled" not in told and "not in the JSON" not in told
     source = data.load_source("folder", str(tmp_path / "two"))
     assert source.classes == ["nothing", "car", "person"] and len(source.val) == 3
     assert (source.read(source.val[2])[1] == 0).all()
@@ -118,6 +123,10 @@ def test_odd_coco_files(instances, photos, tmp_path):
     assert "none.json" in refusal("from_coco.py", tmp_path / "none.json", photos, tmp_path)
     odd = coco_file(tmp_path / "odd.json", [{"id": 1, "image_id": 1, "category_id": 9}])
     assert "the category 9" in refusal("from_coco.py", odd, photos, tmp_path / "out")
+    one = json.loads(instances.read_text())
+    one |= {"categories": CATEGORIES[1:], "annotations": one["annotations"][1:]}
+    (tmp_path / "one.json").write_text(json.dumps(one))
+    assert "--background NAME" in refusal("from_coco.py", tmp_path / "one.json", photos, tmp_path)
     (photos / "b.jpg").unlink()
     assert "b.jpg" in refusal("from_coco.py", instances, photos, tmp_path / "out")
     (tmp_path / "out" / "classes.txt").write_text("other\nnames\n")
