@@ -28,7 +28,7 @@ from tqdm import tqdm
 import results
 from errors import need
 from options import natural, new_parser, positive, positive_float
-from processes import launch
+from processes import cores, launch
 
 ROOT, RUNS = Path(__file__).parent, Path("runs/experiments")
 METHODS = {
@@ -168,7 +168,7 @@ def parse_options() -> Namespace:
     )
     add("--seeds", nargs="+", type=natural, default=[0, 1, 2], metavar="N", help="of each method")
     add("--results", type=Path, default=RUNS, metavar="DIR", help="for CSV, tables and figures")
-    add("--jobs", type=positive, default=os.cpu_count(), help="runs at a time, one thread each")
+    add("--jobs", type=positive, default=cores(), help="runs at a time, one thread each")
     return parser.parse_args()
 
 
