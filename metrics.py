@@ -120,7 +120,7 @@ def evaluate(
 
 
 def table(results: dict, classes: list[str]) -> str:
-    """The results as text, one line per class."""
+    """The results as text, one line per class and one of the means."""
 
     def percent(value: float | None) -> str:
         return "     -" if value is None else f"{100 * value:6.2f}"
@@ -130,7 +130,7 @@ def table(results: dict, classes: list[str]) -> str:
     columns = zip(classes, results["iou"], results["boundary_iou_per_class"], strict=True)
     lines += [f"{name:<{width}}  {percent(iou)}   {percent(edge)}" for name, iou, edge in columns]
     lines.append(
-        f"{'mean':<{width}}  {percent(results['miou'])}   {percent(results['boundary_iou'])}"
+        f"{'mIoU':<{width}}  {percent(results['miou'])}   {percent(results['boundary_iou'])}"
         f"   pixel accuracy {100 * results['accuracy']:.2f}"
     )
     return "\n".join(lines)

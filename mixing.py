@@ -13,7 +13,7 @@ def mix(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mix each image with the next of the batch (the last with the first), one mask for all three.
 
-    images [B, 3, H, W] float; labels [B, H, W] int64, 255 = ignored; confidence [B, H, W] float in
+    images [B, 3, H, W] float; labels [B, H, W] integer, 255 = ignored; confidence [B, H, W] float in
     [0, 1].
     cutout    a random rectangle of half the area goes: `fill` in the image, ignored, confidence 0
     cutmix    that rectangle comes from the next image
@@ -65,7 +65,7 @@ def rectangle_mask(batch: int, height: int, width: int, device="cpu") -> Tensor:
 
 def class_mask(labels: Tensor) -> Tensor:
     """[B, H, W] bool: True on a random half (rounded down) of the classes of each label map."""
-    flat = labels.flatten(1)
+    flat = labels.flatten(1).long()
     present = torch.zeros(len(flat), IGNORE + 1, dtype=torch.bool, device=labels.device)
     present.scatter_(1, flat, True)
     present[:, IGNORE] = False  # padding is no class: it always gives way to the next image

@@ -56,6 +56,16 @@ def test_cutout_fills_and_forgets_half():
     assert ((gone.sum(dim=(1, 2)) - 24 * 36 / 2).abs() <= 36 / 2).all()
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_labels_as_files_hold_them(strategy):
+    images, label, confidence = batch(3)
+    torch.manual_seed(5)
+    wide = mix(images, label, confidence, strategy)
+    torch.manual_seed(5)
+    narrow = mix(images, label.to(torch.uint8), confidence, strategy)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(wide, narrow, strict=True))
+
+
 SIZES = [(64, 64), (321, 321), (33, 47), (2, 2), (3, 100), (100, 3), (1, 5)]
 
 
