@@ -84,6 +84,11 @@ SETTINGS = {
         methods=["CutMix", "ClassMix", "ClassMix + ReCo"],
         semi_options="--labeled-batch-size 8",
     ),
+    "camvid, 100 labels, 8 labelled a step": Setting(
+        f"{CAMVID} --num-labeled 100",
+        methods=["ClassMix", "ClassMix + ReCo"],
+        semi_options="--labeled-batch-size 8",
+    ),
     "camvid, 46 labels": Setting(f"{CAMVID} --num-labeled 46"),
     "camvid, 100 labels": Setting(f"{CAMVID} --num-labeled 100"),
     "camvid, 367 labels": Setting(f"{CAMVID} --num-labeled 0", (), ["supervised + ReCo", *MAIN]),

@@ -263,7 +263,7 @@ def evaluation_loader(
     accelerator,
     full_resolution: bool = False,
 ) -> Loader:
-    """Batches (image uint8 [B, 3, H, W], label uint8 [B, H, W], index [B]): every image exactly
+    """Batches (image uint8 [B, 3, H, W], label uint8 [B, H, W], size [B, 2]): every image exactly
     once over all processes; batches of several only where all images have one size."""
     images = EvaluationImages(source, samples, full_resolution)
     batch_size = batch_size if source.one_size(full_resolution) else 1
