@@ -585,3 +585,68 @@ def test_a_broken_file_is_named_whichever_process_meets_it(own, script, tmp_path
         evaluate, own, "--dataset", "folder", "--data-path", torn, "--num-workers", 0
     )
     assert status == 2 and err.startswith(f"evaluate.py: {victim}") and err.count("\n") == 1
+
+
+def test_an_evaluation_leaves_the_mode(own):
+    model = models.load(own)
+    for mode in (True, False):
+        model.train(mode)
+        metrics.evaluate(model, [], 3, Accelerator())
+        assert model.training == mode
+
+
+class Placed(nn.Module):
+    """Logits that depend on where a pixel lies in what the network is given, and on its size."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        self.sizes.append((height, width))
+        y, x_ = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        return torch.stack([x[:, 0], (y * y + x_) / (height + width) + x[:, 1]], 1), None
+
+
+def test_flip_scales_and_windows_are_means():
+    model, images = Placed(), torch.rand(2, 3, 30, 41)
+    plain = predict_probabilities(model, images)
+    mirrored = predict_probabilities(model, images.flip(-1)).flip(-1)
+    torch.testing.assert_close(
+        predict_probabilities(model, images, flip=True), (plain + mirrored) / 2
+    )
+    model.sizes.clear()
+    torch.testing.assert_close(
+        predict_probabilities(model, images, scales=[1.5, 1.0]),
+        (plain + predict_probabilities(model, images, scales=[1.5])) / 2,
+    )
+    assert set(model.sizes) == {(30, 41), (45, 62)}
+    total, times = torch.zeros_like(plain), torch.zeros(30, 41)
+    for top, left in itertools.product(tile_starts(30, 16), tile_starts(41, 24)):
+        part = images[..., top : top + 16, left : left + 24]
+        total[..., top : top + 16, left : left + 24] += predict_probabilities(model, part)
+        times[top : top + 16, left : left + 24] += 1
+    assert times.max() > 1
+    torch.testing.assert_close(predict_probabilities(model, images, window=(16, 24)), total / times)
+
+
+@pytest.mark.parametrize("window", [None, (5, 6)])
+def test_probabilities_of_half_precision_logits_are_float32(window):
+    logits = torch.randn(1, 4, 5, 6).bfloat16()
+    prob = predict_probabilities(lambda x: (logits, None), torch.zeros(1, 3, 5, 6), window=window)
+    torch.testing.assert_close(prob, logits.float().softmax(1))
+
+
+def test_the_options_of_an_evaluation_reach_it(own, script, tmp_path):
+    words = ["--sliding-window", "--flip", "--scales", 0.5, 1.0, "--json", tmp_path / "r.json"]
+    status, _, err = script(evaluate, own, "--num-workers", 0, *words)
+    assert status == 0, err
+    source = data.load_source("folder", str(own.parent / "data"), 1024)
+    counts, model = Metrics(3), models.load(own)
+    options = dict(scales=[0.5, 1.0], flip=True, window=(48, 48))
+    for sample in source.val:
+        image, label = source.read(sample)
+        prob = predict_probabilities(model, transforms.to_float(image[None], "cpu"), **options)
+        counts.update(prob.argmax(1), label[None])
+    assert json.loads((tmp_path / "r.json").read_text())["confusion"] == counts.confusion.tolist()

@@ -1,0 +1,435 @@
+"""A training step, told by its parts: what teacher and student see, what the loss is made of, what
+the seed decides, which weights are kept."""
+
+import contextlib
+import itertools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import arguments
+import checkpoint
+import data
+import labels
+import record
+import run
+import train_semi
+import train_supervised
+import transforms
+import trees
+from cli import SMALL, check
+from mixing import IGNORE
+from models import DeepLabV3Plus, MeanTeacher
+
+
+# ------------------------------------------------------------------ the step, told by its parts
+class Step:
+    """One train_semi.train_step whose network, teacher, optimiser and accelerator write down what
+    is done with them."""
+
+    def __init__(self, *words, known=None, sure=4.0, partial=False, side=16, seed=0):
+        args = train_semi.parse_options(["--crop-size", "16", "--scale", "1", "1", *words])
+        args.partial = partial
+        self.events, self.seen, self.out = [], [], []
+        torch.manual_seed(0)
+        labelled, unlabelled = (
+            torch.randint(0, 256, (n, 3, s, s), dtype=torch.uint8) for n, s in ((2, 16), (3, side))
+        )
+        self.images = labelled, unlabelled
+        label = torch.randint(0, 3, (2, 16, 16), dtype=torch.uint8)
+        nothing = torch.full((3, side, side), IGNORE, dtype=torch.uint8)
+        known = nothing if known is None else known
+
+        def event(name):
+            return lambda *_, **__: self.events.append(name)
+
+        def student(x):
+            self.seen.append(x)
+            n, (h, w) = len(x), (s // 4 for s in x.shape[-2:])
+            out = torch.randn(n, 3, h, w), torch.randn(n, 8, h, w)
+            self.out.append([t.requires_grad_() for t in out])
+            return self.out[-1]
+
+        def teacher(x):  # the class is that of the strongest channel
+            self.events.append("teacher labels")
+            self.taught = x
+            return sure * (x == x.amax(1, keepdim=True)), None
+
+        def backward(loss):
+            self.events.append("backward")
+            self.loss = loss.detach()
+            loss.backward()
+
+        self.losses, self.shown = train_semi.train_step(
+            (labelled, label),
+            (unlabelled, known),
+            student,
+            SimpleNamespace(
+                label=teacher,
+                update=event("average"),
+                model=SimpleNamespace(mean=torch.zeros(1, 3, 1, 1)),
+            ),
+            SimpleNamespace(step=event("step"), zero_grad=event("zero")),
+            SimpleNamespace(
+                device=torch.device("cpu"),
+                autocast=contextlib.nullcontext,
+                reduce=lambda x, how: x,
+                backward=backward,
+                optimizer_step_was_skipped=False,
+                unwrap_model=lambda model, **_: model,
+            ),
+            args,
+            np.random.default_rng(seed),
+        )
+
+
+def test_the_order_of_a_step():
+    """The teacher labels with its old weights, and averages in the student after its step."""
+    assert Step("--reco").events == ["teacher labels", "backward", "step", "zero", "average"]
+
+
+@pytest.mark.parametrize("weight", ["0", "0.25"])
+def test_the_loss_is_the_sum_of_its_parts(weight):
+    step = Step(
+        "--reco", "--reco-weight", weight, "--weak-threshold", "0", "--reco-threshold", "0.5"
+    )
+    parts = [step.losses[f"loss/{part}"] for part in ("supervised", "unsupervised", "reco")]
+    assert all(part > 0 for part in parts)
+    expected = parts[0] + parts[1] + float(weight) * parts[2]
+    torch.testing.assert_close(step.loss, expected)
+    torch.testing.assert_close(step.losses["loss/total"], expected)
+
+
+def test_the_thresholds_have_their_places():
+    """The strong one weights the unlabelled images, the weak one admits pixels to ReCo."""
+    sure = ["--reco", "--weak-threshold", "0", "--reco-threshold", "1"]
+    step = Step(*sure)
+    assert step.losses["teacher/eta"] == 0 == step.losses["loss/unsupervised"]
+    assert step.losses["reco/hard pixels"] == 5 * 4 * 4  # every pixel of both batches
+    none = Step("--reco", "--weak-threshold", "1", "--reco-threshold", "0.3")
+    assert none.losses["teacher/eta"] == 1
+    assert none.losses["reco/hard pixels"] <= 2 * 4 * 4
+    (_, rep_l), (_, rep_u) = none.out
+    assert rep_l.grad.any() and not rep_u.grad.any()  # and each has its own pixels
+
+
+def test_each_batch_has_its_own_statistics():
+    teacher, model = one_real_step()
+    assert model.aspp.project[1].num_batches_tracked == 2
+    assert teacher.model.aspp.project[1].num_batches_tracked == 1
+    # the first average is the student, as it is after the optimiser's step
+    assert all(map(torch.equal, teacher.model.parameters(), model.parameters()))
+
+
+def one_real_step():
+    args = train_semi.parse_options(["--reco", "--crop-size", "32", "--scale", "1", "1"])
+    args.partial = False
+    torch.manual_seed(0)
+    model = DeepLabV3Plus(3, "test_resnet", rep_dim=8, pretrained=False, channels=8, low_channels=8)
+    teacher, optimizer = MeanTeacher(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    images = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
+    label = torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
+        reduce=lambda x, how: x,
+        backward=lambda loss: loss.backward(),
+        optimizer_step_was_skipped=False,
+        unwrap_model=lambda model, **options: model,
+    )
+    parts = (images, label), (images, torch.full_like(label, 255)), model, teacher, optimizer
+    train_semi.train_step(*parts, accelerator, args, np.random.default_rng(0))
+    return teacher, model
+
+
+@pytest.fixture
+def without_colour(monkeypatch):
+    monkeypatch.setattr(transforms, "COLOUR_CHANGES", (lambda image, amount: image,) * 4)
+    monkeypatch.setattr(transforms.tv, "gaussian_blur", lambda image, kernel, sigma: image)
+
+
+@pytest.mark.usefixtures("without_colour")
+@pytest.mark.parametrize("strategy", ["none", "cutmix", "cutout", "classmix"])
+def test_what_the_student_sees(strategy):
+    """Mixed as asked for and mirrored, and the pseudo-label of a pixel is that of the image that it
+    comes from; the teacher sees the images as they were read."""
+    flips = []
+    for seed in range(8):
+        step = Step("--mixing-strategy", strategy, seed=seed)
+        given = transforms.to_float(torch.cat(step.images), "cpu")
+        assert torch.equal(step.taught, given[2:])
+        seen, label = torch.cat(step.seen), step.shown["label"]
+        pixels, known = seen[2:], label[2:] != IGNORE
+        one = (pixels == pixels.amax(1, keepdim=True)).sum(1) == 1  # its strongest channel is clear
+        assert torch.equal(pixels.argmax(1)[known & one], label[2:][known & one])
+        views = torch.stack([given, given.flip(-1)], 1)[None]  # [1, 5, 2, 3, H, W]
+        shares = (seen[:, None, None] == views).all(3).float().mean((-1, -2))  # [5, 5, 2]
+        flips.append(shares.sum(1).argmax(-1))  # of each image that the student sees
+        own, other = shares.amax(-1).diag(), shares.amax(-1).fill_diagonal_(0)[2:]
+        assert (own[:2] == 1).all()
+        assert (own[2:] == 1).all() == (strategy == "none")
+        assert ((other > 0.2).sum(1) >= 1).any() == (strategy in ("cutmix", "classmix"))
+        assert (~known).any() == (strategy == "cutout")
+    flips = torch.stack(flips).float().mean(0)
+    assert (flips > 0).all() and (flips < 1).all()
+
+
+def test_images_are_changed_in_colour_too():
+    step = Step()
+    given, seen = transforms.to_float(torch.cat(step.images), "cpu"), torch.cat(step.seen)
+    sums = [x.sum((1, 2, 3)) for x in (given, seen)]
+    assert not torch.isclose(*sums)[:2].all()
+
+
+def test_unlabelled_images_are_scaled_after_the_teacher_and_lose_no_known_pixel():
+    known = torch.full((3, 32, 32), IGNORE, dtype=torch.uint8)
+    known[:, 2::8, 2::8] = 1  # 16 in each; nearest sampling alone meets none
+    words = ["--scale", "0.5", "0.5", "--mixing-strategy", "none"]
+    step = Step(*words, known=known, partial=True, side=32)
+    assert step.taught.shape[-1] == 32
+    assert ((step.shown["confidence"][2:] == 1).sum((1, 2)) == 16).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_pseudo_label_has_the_confidence_of_a_known_pixel_in_half_precision(dtype):
+    logits = torch.zeros(1, 3, 8, 8, dtype=dtype)
+    logits[:, 2] = 100
+    teacher = SimpleNamespace(label=lambda images: (logits, None))
+    known = torch.full((1, 32, 32), 255)
+    known[0, 5, 5] = 1
+    accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+    _, confidence = train_semi.pseudo_label(teacher, torch.zeros(1, 3, 32, 32), known, accelerator)
+    assert confidence.dtype == torch.float32
+    assert (confidence == 1).sum() == 1 == confidence[0, 5, 5] and confidence.min() > 0.9999
+
+
+def test_contrast_takes_pixels_of_which_the_student_is_sure():
+    """Partial labels: the labelled images' unknown pixels join with the student's own class."""
+    args = train_semi.parse_options(["--reco"])
+    label_l, full_l = torch.full((1, 8, 8), 255), torch.zeros(1, 3, 8, 8)
+    label_l[0, 0, 0] = 0
+    full_l[0, 1, 4:] = 9  # half of the image; the class of the others is open
+    label_u, confidence = torch.zeros(1, 8, 8, dtype=torch.int64), torch.zeros(1, 8, 8)
+    logits, rep = torch.zeros(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
+    parts = logits, rep, full_l, label_l, label_u, confidence
+    for partial, hard in ((True, [1, 32, 0]), (False, [1, 0, 0])):
+        _, stats = train_semi.contrast(*parts, partial, args)
+        assert stats["num_hard"].tolist() == hard
+
+
+def test_supervised_contrast_keeps_known_pixels():
+    args = train_supervised.parse_options(["--reco"])
+    args.partial = True
+    label = torch.full((2, 32, 32), 255, dtype=torch.uint8)
+    label[0, 1, 2], label[1, 21, 3] = 0, 2
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    out = torch.zeros(2, 3, 8, 8, requires_grad=True), torch.randn(2, 5, 8, 8, requires_grad=True)
+    quiet = SimpleNamespace(step=lambda: None, zero_grad=lambda set_to_none: None)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), reduce=lambda x, how: x, backward=lambda loss: loss.backward()
+    )
+    args.reco_weight = 0.25
+    losses, shown = train_supervised.train_step(
+        (images + 7, label), lambda x: out, quiet, accelerator, args, np.random.default_rng(1)
+    )
+    assert losses["reco/classes"] == 2 and losses["reco/hard pixels"] == 2
+    expected = losses["loss/supervised"] + 0.25 * losses["loss/reco"]
+    torch.testing.assert_close(losses["loss/total"], expected)
+    assert len(shown["images"].unique()) > 1  # 7 / 255 everywhere but for the colour changes
+
+
+# -------------------------------------------------------------------------------- several processes
+def test_the_mean_over_processes_is_the_loss_of_the_whole_batch():
+    """However the labelled pixels are shared out."""
+    torch.manual_seed(0)
+    logits, label = torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8))
+    label[0], label[1, :6] = 255, 255
+    logits[2, 0, :4], label[2, :4] = 200, 0  # a cross-entropy of 0
+    confidence = torch.rand(4, 8, 8)
+
+    def supervised(part, accelerator):
+        return train_supervised.supervised_loss(logits[part], label[part], accelerator)
+
+    def unsupervised(part, accelerator):
+        given = logits[part], label[part], confidence[part], 0.5, accelerator
+        return train_semi.unsupervised_loss(*given)[0]
+
+    known = 4 * 64 - 64 - 48
+    for loss, count in ((supervised, known), (unsupervised, known - 32)):
+
+        def reduce(own, how, count=count):
+            assert how == "mean" and own.dtype == torch.float32
+            return torch.tensor(count / 2)
+
+        accelerator = SimpleNamespace(reduce=reduce)
+        halves = [loss(part, accelerator) for part in (slice(0, 2), slice(2, 4))]
+        torch.testing.assert_close(sum(halves) / 2, loss(slice(None), None))
+
+
+def test_the_default_rate_follows_the_global_batch():
+    args = train_semi.parse_options(["--batch-size", "8"])  # the recipe's: 4
+    assert [run.base_learning_rate(args, n) / args.lr for n in (1, 3)] == pytest.approx([2, 6])
+    args = train_semi.parse_options(["--batch-size", "8", "--lr", "0.3"])
+    assert run.base_learning_rate(args, 3) == 0.3
+    one, both = train_supervised.parse_options([]), train_semi.parse_options([])
+    assert one.batch_size == one.recipe_batch == 2 * both.batch_size and one.lr == both.lr
+
+
+# -------------------------------------------------------------------------------- seeds and loaders
+def test_draws_follow_seed_step_and_process():
+    keys = list(itertools.product((0, 1), repeat=3))
+    first, again = (
+        [(run.seed_step(*k).random(), float(torch.rand(()))) for k in keys] for _ in "12"
+    )
+    assert first == again
+    assert all(len(set(values)) == len(keys) for values in zip(*first, strict=True))
+
+
+def test_the_loaders_of_a_run():
+    source = data.load_source("street", None)
+
+    def loaders(seed=0, rank=0):
+        words = ["--label-ratio", "p0", "--seed", str(seed), "--labeled-batch-size", "4"]
+        args = train_semi.parse_options(words)
+        accelerator = SimpleNamespace(
+            process_index=rank, num_processes=2, device=torch.device("cpu")
+        )
+        division = labels.divide(source, 0, "p0", None, seed)
+        return train_semi.training_loaders(args, source, division, accelerator, 0)
+
+    def batches(**changed):
+        return [loader.sampler.batch(3) for loader in loaders(**changed)]
+
+    labelled, unlabelled = batches()
+    assert batches() == [labelled, unlabelled] and labelled != unlabelled
+    for other in (dict(seed=1), dict(rank=1)):
+        assert all(a != b for a, b in zip(batches(**other), (labelled, unlabelled), strict=True))
+    kept = {}
+    for seed in (0, 1):
+        for loader, scale in zip(loaders(seed), [(0.5, 1.5), (1.0, 1.0)], strict=True):
+            assert loader.dataset.scale == scale
+            loader.dataset.crop, loader.dataset.scale = (64, 64), (1.0, 1.0)
+            label = kept[seed] = loader.dataset[5, 0][1]
+            full = source.read(source.train[5])[1]
+            assert (label != IGNORE).sum() == len(full.unique())
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_first_weights_follow_the_seed():
+    source = data.load_source("street", None)
+    accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+
+    def first(seed):
+        args = train_supervised.parse_options(["--seed", str(seed)])
+        return run.new_model(args, source, accelerator)[0].classifier[0].weight
+
+    assert torch.equal(first(0), first(0)) and not torch.equal(first(0), first(1))
+
+
+# -------------------------------------------------------------------------------- options
+def test_the_optimiser_is_that_of_the_options():
+    model = DeepLabV3Plus(3, "test_resnet", 8, False, channels=8, low_channels=8)
+    args = train_supervised.parse_options(["--weight-decay", "0.003"])
+    for kind in ("sgd", "adamw"):
+        args.optimizer = kind
+        (group,) = run.new_optimizer(args, model).param_groups
+        assert group["weight_decay"] == 0.003
+        if kind == "sgd":
+            assert group["momentum"] == 0.9 and group["nesterov"]
+
+
+def test_the_options_reach_the_loss():
+    words = "--reco --reco-temp 0.3 --reco-num-queries 5 --reco-num-negatives 6 "
+    words += "--reco-threshold 0.9 --reco-sampling independent"
+    settings = arguments.reco_settings(train_semi.parse_options(words.split()))
+    assert settings == dict(
+        temperature=0.3,
+        num_queries=5,
+        num_negatives=6,
+        strong_threshold=0.9,
+        sampling="independent",
+        active_keys=True,
+        return_stats=True,
+    )
+    ablation = ["--reco", "--reco-random-queries", "--reco-random-keys"]
+    settings = arguments.reco_settings(train_semi.parse_options(ablation))
+    assert settings["strong_threshold"] > 1 and not settings["active_keys"]
+
+
+# -------------------------------------------------------------------------------- what is kept
+def test_the_best_on_validation_is_kept(tmp_path, monkeypatch):
+    """By mIoU alone, of the first network, and of equal ones the earlier."""
+    results = {"accuracy": 0.5, "iou": [0.5]}
+    scores = iter(
+        [(0.3, 0.9), (0.9, 0.9), (0.5, 0.1), (0.1, 0), (0.5, 0.2), (0.9, 1), (0.4, 0.95), (1, 1)]
+    )
+
+    def evaluated(*_, **__):
+        miou, boundary = next(scores)
+        return {**results, "miou": miou, "boundary_iou": boundary}, torch.zeros(1, 1)
+
+    monkeypatch.setattr(record, "evaluate", evaluated)
+    written = []
+    monkeypatch.setattr(record, "write_weights", lambda folder, network: written.append(network))
+    told = object.__new__(record.Record)
+    told.bar, told.main, told.control, told.accelerator = object(), True, None, None
+    told.best, told.history, told.folder = None, [], tmp_path
+    told.source = SimpleNamespace(classes=["a"])
+    told.check_losses = told.report_validation = lambda *_: None
+    kept = []
+    for told.step in (1, 2, 3, 4):
+        written.clear()
+        told.validate({"teacher": "the teacher", "student": "the student"}, None)
+        kept.append(list(written))
+    assert kept == [["the teacher"], ["the teacher"], [], []]
+    assert told.best["step"] == 2 and [e["miou"] for e in told.history] == [0.3, 0.5, 0.5, 0.4]
+
+
+def test_the_teacher_is_what_is_kept(tmp_path):
+    tree = trees.folder(tmp_path / "data", size=(32, 40))
+    words = ["--batch-size", "2", "--iterations", "3", "--val-interval", "3", "--log-with", "none"]
+    check(
+        "train_semi.py", "--dataset", "folder", "--data-path", tree, *SMALL, *words,
+        "--out-dir", tmp_path / "run", XDG_CACHE_HOME=str(tmp_path),
+    )  # fmt: skip
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    state = checkpoint.load_state(tmp_path / "run")
+    assert all(torch.equal(value, state["teacher"]["model"][key]) for key, value in kept.items())
+    (entry,) = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert entry["miou"] == entry["teacher miou"]
+
+
+def test_the_warm_up(script, tmp_path, monkeypatch):
+    """Supervised steps without contrast; the teacher averages, with the student's statistics."""
+    tree, steps = trees.folder(tmp_path / "data", size=(32, 40)), []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    whole, supervised = train_semi.train_step, train_supervised.train_step
+
+    def semi(batch_l, batch_u, student, teacher, *others):
+        if not steps[2:]:
+            for mine, theirs in zip(teacher.model.buffers(), student.buffers(), strict=True):
+                assert torch.equal(mine, theirs)
+            assert teacher.step == 2
+            moved = zip(teacher.model.parameters(), student.parameters(), strict=True)
+            assert not all(torch.equal(a, b) for a, b in moved)
+        losses, shown = whole(batch_l, batch_u, student, teacher, *others)
+        steps.append(set(losses))
+        return losses, shown
+
+    def alone(*parts, **options):
+        losses, shown = supervised(*parts, **options)
+        steps.append(set(losses))
+        return losses, shown
+
+    monkeypatch.setattr(train_semi, "train_step", semi)
+    monkeypatch.setattr(train_supervised, "train_step", alone)
+    words = ["--dataset", "folder", "--data-path", tree, *SMALL, "--batch-size", "2", "--reco"]
+    words += ["--iterations", "4", "--warmup-iterations", "2", "--log-with", "none"]
+    status, _, err = script(train_semi, *words, "--out-dir", tmp_path / "run")
+    assert status == 0, err
+    assert steps[:2] == [{"loss/total", "loss/supervised"}] * 2
+    assert len(steps) == 4 and all("loss/unsupervised" in s and "loss/reco" in s for s in steps[2:])
