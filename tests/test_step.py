@@ -21,7 +21,7 @@ import train_semi
 import train_supervised
 import transforms
 import trees
-from cli import SMALL, check
+from cli import SMALL
 from mixing import IGNORE
 from models import DeepLabV3Plus, MeanTeacher
 
@@ -389,13 +389,12 @@ def test_the_best_on_validation_is_kept(tmp_path, monkeypatch):
     assert told.best["step"] == 2 and [e["miou"] for e in told.history] == [0.3, 0.5, 0.5, 0.4]
 
 
-def test_the_teacher_is_what_is_kept(tmp_path):
-    tree = trees.folder(tmp_path / "data", size=(32, 40))
-    words = ["--batch-size", "2", "--iterations", "3", "--val-interval", "3", "--log-with", "none"]
-    check(
-        "train_semi.py", "--dataset", "folder", "--data-path", tree, *SMALL, *words,
-        "--out-dir", tmp_path / "run", XDG_CACHE_HOME=str(tmp_path),
-    )  # fmt: skip
+def test_the_teacher_is_what_is_kept(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ["--dataset", "folder", "--data-path", trees.folder(tmp_path / "data", size=(32, 40))]
+    words += [*SMALL, "--batch-size", "2", "--iterations", "3", "--val-interval", "3"]
+    status, _, err = script(train_semi, *words, "--log-with", "none", "--out-dir", tmp_path / "run")
+    assert status == 0, err
     kept = load_file(tmp_path / "run" / "model.safetensors")
     state = checkpoint.load_state(tmp_path / "run")
     assert all(torch.equal(value, state["teacher"]["model"][key]) for key, value in kept.items())
