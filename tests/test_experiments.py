@@ -1,5 +1,7 @@
 """experiments.py: the table follows from results.csv, and what stands there is not run again."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -102,6 +104,10 @@ def test_a_run_is_made_once_and_reported(tmp_path, monkeypatch):
     assert f"| {NAME} | {mean} ({mean} to {mean}), n = 1 |" in (tmp_path / "tables.md").read_text()
     assert Image.open(tmp_path / "streets.png").width > 1000
     assert Image.open(tmp_path / "curves.png").width > 300
+
+    folder = experiments.folder_of(NAME, "supervised", 0.2, 0)
+    tested = json.loads((folder / "evaluation-test.json").read_text())
+    assert tested["options"]["split"] == "test" and tested["images"] == 500
 
     before = (tmp_path / "results.csv").read_bytes()
     monkeypatch.setattr(experiments, "measure", None)  # nothing is left to be run

@@ -22,7 +22,7 @@ from models import DeepLabV3Plus, MeanTeacher
 from processes import cores
 
 TINY = """--dataset folder --recipe street --batch-size 2 --channels 8 --low-channels 8 --rep-dim 8
-    --crop-size 32 --log-with none --num-workers 0 --val-interval 4"""
+    --crop-size 32 --log-with none --num-workers 0 --val-interval 1"""
 
 
 @pytest.fixture

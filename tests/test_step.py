@@ -59,6 +59,10 @@ class Step:
             self.taught = x
             return sure * (x == x.amax(1, keepdim=True)), None
 
+        def reduce(count, how):
+            self.events.append(how)
+            return count
+
         def backward(loss):
             self.events.append("backward")
             self.loss = loss.detach()
@@ -71,13 +75,13 @@ class Step:
             SimpleNamespace(
                 label=teacher,
                 update=event("average"),
-                model=SimpleNamespace(mean=torch.zeros(1, 3, 1, 1)),
+                model=SimpleNamespace(mean=torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)),
             ),
             SimpleNamespace(step=event("step"), zero_grad=event("zero")),
             SimpleNamespace(
                 device=torch.device("cpu"),
                 autocast=contextlib.nullcontext,
-                reduce=lambda x, how: x,
+                reduce=reduce,
                 backward=backward,
                 optimizer_step_was_skipped=False,
                 unwrap_model=lambda model, **_: model,
@@ -88,8 +92,10 @@ class Step:
 
 
 def test_the_order_of_a_step():
-    """The teacher labels with its old weights, and averages in the student after its step."""
-    assert Step("--reco").events == ["teacher labels", "backward", "step", "zero", "average"]
+    """The teacher labels with its old weights, and averages in the student after its step; both
+    losses are divided by what the processes hold together."""
+    before, after = ["teacher labels", "mean", "mean"], ["backward", "step", "zero", "average"]
+    assert Step("--reco").events == before + after
 
 
 @pytest.mark.parametrize("weight", ["0", "0.25"])
@@ -230,13 +236,16 @@ def test_supervised_contrast_keeps_known_pixels():
     out = torch.zeros(2, 3, 8, 8, requires_grad=True), torch.randn(2, 5, 8, 8, requires_grad=True)
     quiet = SimpleNamespace(step=lambda: None, zero_grad=lambda set_to_none: None)
     accelerator = SimpleNamespace(
-        device=torch.device("cpu"), reduce=lambda x, how: x, backward=lambda loss: loss.backward()
+        device=torch.device("cpu"),
+        reduce=lambda count, how: {"mean": 2 * count}[how],  # the other process has more
+        backward=lambda loss: loss.backward(),
     )
     args.reco_weight = 0.25
     losses, shown = train_supervised.train_step(
         (images + 7, label), lambda x: out, quiet, accelerator, args, np.random.default_rng(1)
     )
     assert losses["reco/classes"] == 2 and losses["reco/hard pixels"] == 2
+    assert losses["loss/supervised"] == pytest.approx(np.log(3) / 2)
     expected = losses["loss/supervised"] + 0.25 * losses["loss/reco"]
     torch.testing.assert_close(losses["loss/total"], expected)
     assert len(shown["images"].unique()) > 1  # 7 / 255 everywhere but for the colour changes
@@ -432,3 +441,40 @@ def test_the_warm_up(script, tmp_path, monkeypatch):
     assert status == 0, err
     assert steps[:2] == [{"loss/total", "loss/supervised"}] * 2
     assert len(steps) == 4 and all("loss/unsupervised" in s and "loss/reco" in s for s in steps[2:])
+
+
+@pytest.mark.parametrize("module", [train_supervised, train_semi])
+def test_seed_and_rate_of_every_step(module, script, tmp_path, monkeypatch):
+    """The seed decides the labelled images and, with the step, what is drawn in it."""
+    tree, drawn, rates = trees.folder(tmp_path / "data", train=6, size=(32, 40)), [], []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seed_step, train_step = run.seed_step, module.train_step
+
+    def seeded(*key):
+        drawn.append(key)
+        return seed_step(*key)
+
+    def step(*parts, **options):
+        optimizer = next(part for part in parts if hasattr(part, "param_groups"))
+        rates.append(optimizer.param_groups[0]["lr"])
+        return train_step(*parts, **options)
+
+    monkeypatch.setattr(run, "seed_step", seeded)
+    monkeypatch.setattr(module, "train_step", step)
+    words = ["--dataset", "folder", "--data-path", tree, *SMALL, "--batch-size", "2"]
+    words += ["--iterations", "3", "--num-labeled", "2", "--seed", "5", "--lr", "0.01"]
+    status, _, err = script(module, *words, "--log-with", "none", "--out-dir", tmp_path / "run")
+    assert status == 0, err
+    assert drawn == [(5, step, 0) for step in range(3)]
+    assert rates == [run.learning_rate(0.01, step, 3) for step in range(3)]
+    source = data.load_source("folder", str(tree))
+    chosen, other = ([s.name for s in labels.labelled_split(source, 2, n)] for n in (5, 0))
+    assert (tmp_path / "run" / "labeled.txt").read_text().split() == chosen != other
+
+
+@pytest.mark.usefixtures("without_colour")
+def test_cutout_is_filled_with_the_mean():
+    """Which the network takes to zero."""
+    step = Step("--mixing-strategy", "cutout")
+    gone = step.shown["label"][2:] == IGNORE
+    assert (step.seen[1].movedim(1, -1)[gone] == torch.tensor([0.4, 0.5, 0.6])).all()
