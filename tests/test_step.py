@@ -23,7 +23,7 @@ import transforms
 import trees
 from cli import SMALL
 from mixing import IGNORE
-from models import DeepLabV3Plus, MeanTeacher
+from models import DeepLabV3Plus
 
 
 # ------------------------------------------------------------------ the step, told by its parts
@@ -121,35 +121,6 @@ def test_the_thresholds_have_their_places():
     assert none.losses["reco/hard pixels"] <= 2 * 4 * 4
     (_, rep_l), (_, rep_u) = none.out
     assert rep_l.grad.any() and not rep_u.grad.any()  # and each has its own pixels
-
-
-def test_each_batch_has_its_own_statistics():
-    teacher, model = one_real_step()
-    assert model.aspp.project[1].num_batches_tracked == 2
-    assert teacher.model.aspp.project[1].num_batches_tracked == 1
-    # the first average is the student, as it is after the optimiser's step
-    assert all(map(torch.equal, teacher.model.parameters(), model.parameters()))
-
-
-def one_real_step():
-    args = train_semi.parse_options(["--reco", "--crop-size", "32", "--scale", "1", "1"])
-    args.partial = False
-    torch.manual_seed(0)
-    model = DeepLabV3Plus(3, "test_resnet", rep_dim=8, pretrained=False, channels=8, low_channels=8)
-    teacher, optimizer = MeanTeacher(model), torch.optim.SGD(model.parameters(), lr=0.1)
-    images = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
-    label = torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"),
-        autocast=contextlib.nullcontext,
-        reduce=lambda x, how: x,
-        backward=lambda loss: loss.backward(),
-        optimizer_step_was_skipped=False,
-        unwrap_model=lambda model, **options: model,
-    )
-    parts = (images, label), (images, torch.full_like(label, 255)), model, teacher, optimizer
-    train_semi.train_step(*parts, accelerator, args, np.random.default_rng(0))
-    return teacher, model
 
 
 @pytest.fixture

@@ -429,7 +429,7 @@ def test_independent_sampling_of_several_processes_is_refused(tmp_path):
 
 
 def one_step(label_l, label_u, skipped=False):
-    """A step of a small network, with labels [2, 32, 32] of the two batches: teacher, losses."""
+    """A step with labels [2, 32, 32] of the two batches: teacher, student, losses."""
     args = train_semi.parse_options(["--reco", "--crop-size", "32", "--scale", "1", "1"])
     args.partial = True
     torch.manual_seed(0)
@@ -454,7 +454,16 @@ def one_step(label_l, label_u, skipped=False):
         args,
         np.random.default_rng(0),
     )
-    return teacher, losses
+    return teacher, model, losses
+
+
+def test_each_batch_has_its_own_statistics():
+    label = torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)
+    teacher, student, _ = one_step(label, label)
+    assert student.aspp.project[1].num_batches_tracked == 2
+    assert teacher.model.aspp.project[1].num_batches_tracked == 1
+    # the first average is the student, as it is after the optimiser's step
+    assert all(map(torch.equal, teacher.model.parameters(), student.parameters()))
 
 
 def test_a_skipped_step_leaves_the_teacher_alone():
@@ -462,7 +471,7 @@ def test_a_skipped_step_leaves_the_teacher_alone():
     average must not take the student in."""
     label = torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)
     for skipped, steps in ((True, 0), (False, 1)):
-        teacher, losses = one_step(label, label, skipped)
+        teacher, _, losses = one_step(label, label, skipped)
         assert teacher.step == steps and torch.isfinite(losses["loss/total"])
 
 
@@ -472,7 +481,7 @@ def test_known_pixels_of_unlabelled_images_are_sure_pseudo_labels():
     points = nothing.clone()
     points[:, ::8, ::8] = 1
     for labels, learned in (((points, nothing), "supervised"), ((nothing, points), "unsupervised")):
-        losses = one_step(*labels)[1]
+        losses = one_step(*labels)[2]
         other = {"supervised": "unsupervised", "unsupervised": "supervised"}[learned]
         assert losses[f"loss/{learned}"] > 0 and losses[f"loss/{other}"] == 0
 
