@@ -123,6 +123,24 @@ def test_the_thresholds_have_their_places():
     assert rep_l.grad.any() and not rep_u.grad.any()  # and each has its own pixels
 
 
+def test_a_threshold_itself_is_sure_enough():
+    """Of the unlabelled images' weight, of ReCo's valid pixels, and of the easy ones."""
+    confidence = torch.tensor([[[0.5, 0.75], [0.875, 1.0]]])  # exact in float32
+    label, logits = torch.zeros(1, 2, 2, dtype=torch.int64), torch.zeros(1, 2, 2, 2)
+    for threshold, share in ((0.75, 0.75), (0.8, 0.5), (0.875, 0.5), (0.9, 0.25)):
+        _, eta = train_semi.unsupervised_loss(logits, label, confidence, threshold)
+        assert eta == share
+        args = train_semi.parse_options(["--reco", "--weak-threshold", str(threshold)])
+        args.reco_threshold = 2.0  # all are hard
+        known = torch.full((1, 2, 2), IGNORE)
+        parts = torch.zeros(2, 2, 2, 2), torch.randn(2, 4, 2, 2), logits, known, label, confidence
+        _, stats = train_semi.contrast(*parts, False, args)
+        assert stats["num_hard"].tolist() == [4 * share, 0]
+        args.weak_threshold, args.reco_threshold = 0.0, 0.5  # the student's probability itself
+        _, stats = train_semi.contrast(*parts, False, args)
+        assert stats["num_hard"].tolist() == [0, 0]
+
+
 @pytest.fixture
 def without_colour(monkeypatch):
     monkeypatch.setattr(transforms, "COLOUR_CHANGES", (lambda image, amount: image,) * 4)

@@ -283,28 +283,32 @@ def test_going_on_from_a_run(tmp_path):
     assert args.crop_size == [48, 48] and args.scale == [0.5, 1.5] and args.channels == 16
 
 
-@pytest.mark.parametrize(
-    "script, options",
-    [("train_supervised.py", []), ("train_semi.py", [])],
-)
-def test_two_processes(script, options, tmp_path):
-    tree = trees.folder(tmp_path / "data", val=3)
+TOLD = """
+import os, sys
+sys.path.insert(0, {root!r})
+import processes, run
+import {module} as module
+seed_step = run.seed_step
+
+def told(*key):
+    with open({seeds!r} + os.environ["RANK"], "a") as file:
+        print(*key, file=file)
+    return seed_step(*key)
+
+run.seed_step = told
+processes.launch(module.main)
+"""
+
+
+@pytest.mark.parametrize("module", ["train_supervised", "train_semi"])
+def test_two_processes(module, tmp_path):
+    tree, seeds = trees.folder(tmp_path / "data", val=3), str(tmp_path / "seeds")
+    (tmp_path / "told.py").write_text(TOLD.format(root=str(ROOT), module=module, seeds=seeds))
+    words = ["--reco", "--dataset", "folder", "--data-path", tree, *SMALL[:-1], "1"]
+    words += ["--iterations", "3", "--val-interval", "3", "--batch-size", "2", "--seed", "4"]
     out = check(
-        script,
-        *options,
-        "--reco",
-        "--dataset",
-        "folder",
-        "--data-path",
-        tree,
-        *SMALL[:-1],
-        "1",
-        "--iterations",
-        "3",
-        "--val-interval",
-        "3",
-        "--batch-size",
-        "2",
+        tmp_path / "told.py",
+        *words,
         "--out-dir",
         tmp_path / "run",
         processes=2,
@@ -318,6 +322,9 @@ def test_two_processes(script, options, tmp_path):
         json.loads((tmp_path / "run" / "history.json").read_text())[-1]["confusion"]
     )
     assert confusion.sum() == 3 * 48 * 64  # every validation pixel once
+    for rank in (0, 1):  # each draws its own
+        drawn = (tmp_path / f"seeds{rank}").read_text().splitlines()
+        assert drawn == [f"4 {step} {rank}" for step in range(3)]
 
 
 def test_same_command_same_weights(tmp_path):
