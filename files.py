@@ -175,8 +175,7 @@ def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None
 
     `writer` gets the open binary file. A write that fails leaves nothing under the final name.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path, partial = Path(path), partial_of(Path(path))
     try:
         with open(partial, "wb") as file:
             writer(file)
@@ -185,6 +184,11 @@ def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where `atomic_write` writes until the file is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None:

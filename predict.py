@@ -27,13 +27,14 @@ from tqdm import tqdm
 
 import models
 from errors import UserError, need
-from files import IMAGE_SUFFIXES, need_utf8, read_image, write
+from files import IMAGE_SUFFIXES, need_utf8, partial_of, read_image, write
 from options import add_prediction_options, new_parser, number, positive
 from processes import launch
 from published import CLASSES, load_published
 from transforms import upsample
 
 ENDINGS = (".png", "_overlay.png", "_confidence.png")
+LONGEST_NAME = 255  # bytes, on most file systems
 
 
 def parse_options() -> argparse.Namespace:
@@ -111,6 +112,11 @@ def find_pictures(paths: list[str], out_dir: Path) -> dict[Path, Path]:
     for picture, name in found.items():
         stem = free_stem(name, out_dir, taken)
         targets[picture] = stem
+        longest = partial_of(Path(f"{stem}{ENDINGS[-1]}")).name
+        need(
+            len(os.fsencode(longest)) <= LONGEST_NAME,
+            f"{picture}: its name is too long for a mask of that name; rename it",
+        )
         need(
             not any(Path(f"{stem}{ending}").resolve() in pictures for ending in ENDINGS),
             f"--out-dir {out_dir}: the mask of {picture} would be written over a picture; choose "

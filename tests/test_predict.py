@@ -547,6 +547,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(street, script, tmp_path):
     file.write_text("x")
     (tmp_path / "in").mkdir()
     scene().save(tmp_path / "in" / "a.png")
+    scene().save(long := tmp_path / "in" / f"{'字' * 80}.png")  # 3 bytes each
     runs = {
         "classes": dict(model=lambda m: {**m, "num_classes": 4}),
         "palette": dict(palette=lambda p: p[:3]),
@@ -581,6 +582,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(street, script, tmp_path):
         ([street, picture], "--out-dir"),
         ([street, tmp_path / "none.png", *out], "none.png"),
         ([street, empty, *out], "empty: holds no picture"),
+        ([street, picture, tmp_path / "in", *out], f"{long}: its name is too long"),
         ([street, picture, "--out-dir", file], str(file)),
         ([street, picture, "--out-dir", file / "deeper"], "deeper"),
         ([street, picture, "--out-dir", tmp_path], "a.png"),
