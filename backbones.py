@@ -150,12 +150,22 @@ def feature_widths(name: str, output_stride: int | None, side: int) -> list[int]
     """Channels of its features of a square image, without computing them; None where it cannot take
     the image."""
     options = {"output_stride": output_stride} if output_stride else {}
+    network = without_storage(name, features_only=True, **options).eval()
     with torch.device("meta"):
         try:
-            network = timm.create_model(name, features_only=True, **options).eval()
             return [x.shape[1] for x in network(torch.empty(1, 3, side, side))]
         except Exception:  # whatever its code raises
             return None
+
+
+def without_storage(name: str, **options) -> nn.Module:
+    """timm's network on the meta device: shapes alone. Some cannot be built there, because their
+    code looks at values (before timm 1.0.30 that of RegNet, before 1.0.21 more)."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **options)
+    except RuntimeError:
+        return timm.create_model(name, **options).to("meta")
 
 
 def vit_patch(name: str, output_stride: int, decoder_stride: int) -> int:
@@ -245,8 +255,7 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
 def load_features(backbone: nn.Module, name: str, state: dict[str, Tensor], origin: str) -> None:
     """Into the feature extractor the weights of the whole classifier `name`, whose head and last
     blocks it may lack. UserError where something is missing, unknown or of another shape."""
-    with torch.device("meta"):
-        whole = timm.create_model(name).state_dict()
+    whole = without_storage(name).state_dict()
     # a feature extractor may flatten its stages ("layers.0" becomes "layers_0") or wrap the model
     renamed = {key.replace(".", "_"): value for key, value in state.items()}
     own = backbone.state_dict()

@@ -198,6 +198,21 @@ def test_what_cannot_be_used_says_what_could():
     assert backbones.needed_multiple("hrnet_w18_small", None) == 32
 
 
+def test_a_network_whose_code_looks_at_values(monkeypatch, tmp_path):
+    """While it is built, as RegNet's did before timm 1.0.30: the meta device has none."""
+    create = timm.create_model
+
+    def looking(name, **options):
+        torch.zeros(1).item()
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", looking)
+    backbones.feature_widths.cache_clear()
+    weights = written(classifier("test_convnext"), tmp_path / "weights.pth")
+    _, low, high, multiple = backbones.build_backbone("test_convnext", True, 32, 4, weights)
+    assert 0 < low < high and multiple == 0
+
+
 def test_files_that_are_no_weights(tmp_path):
     for value in (Object(), {"conv1.0.weight": Object()}):
         assert "plain tensors" in refusal(written(value, tmp_path / "object.pth"))
