@@ -84,6 +84,12 @@ SETTINGS = {
         methods=["CutMix", "ClassMix", "ClassMix + ReCo"],
         semi_options="--labeled-batch-size 8",
     ),
+    # a stronger network (examples/lite_weights.py --lite 2), nearly whole photographs: for a GPU
+    "camvid, 20 labels, Lite2, crops of 352": Setting(
+        f"{CAMVID.replace('lite0', 'lite2')} --backbone tf_efficientnet_lite2 --crop-size 352 "
+        "--num-labeled 20",
+        semi_options="--labeled-batch-size 8",
+    ),
     "camvid, 100 labels, 8 labelled a step": Setting(
         f"{CAMVID} --num-labeled 100",
         methods=["ClassMix", "ClassMix + ReCo"],

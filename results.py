@@ -101,10 +101,23 @@ def make_tables(chosen: dict) -> str:
 
 
 # ----------------------------------------------------------------------------------------- curves
+def same_seeds(chosen: dict) -> dict:
+    """Of each setting the seeds that all its methods have, so that a figure compares like with
+    like; all where they have none in common."""
+    seeds = {}
+    for (name, _), rows in chosen.items():
+        here = {row["seed"] for row in rows}
+        seeds[name] = seeds.get(name, here) & here
+    return {
+        pair: [row for row in rows if row["seed"] in (seeds[pair[0]] or {row["seed"]})]
+        for pair, rows in chosen.items()
+    }
+
+
 def curves(chosen: dict) -> dict:
     """Validation mIoU in per cent: {setting: {method: {step: its values over the seeds}}}."""
     panels = {}
-    for (name, method), rows in chosen.items():
+    for (name, method), rows in same_seeds(chosen).items():
         values = panels.setdefault(name, {}).setdefault(method, {})
         for point in " ".join(row["curve"] for row in rows).split():
             step, miou = point.split(":")
@@ -115,7 +128,7 @@ def curves(chosen: dict) -> dict:
 def label_curve(chosen: dict) -> dict:
     """Test mIoU in per cent on CamVid: {method: {number of labels: its values over the seeds}}."""
     bands = {}
-    for (name, method), rows in chosen.items():
+    for (name, method), rows in same_seeds(chosen).items():
         if name.startswith("camvid") and name.endswith("labels") and ABLATED not in method:
             values = [100 * float(row["test miou"]) for row in rows]
             bands.setdefault(method, {})[int(name.split()[1])] = values
