@@ -152,7 +152,6 @@ def main() -> None:
         }
         write_json(path, {**results, **about})
         print(f"written to {path}")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

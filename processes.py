@@ -8,6 +8,7 @@ what started them, whatever ends it.
 
 import atexit
 import ctypes
+import gc
 import multiprocessing
 import os
 import re
@@ -155,10 +156,16 @@ def launch(main: Callable[[], None]) -> None:
     noise = ".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier|broadcast_buffers).*"
     warnings.filterwarnings("ignore", message=noise)
     try:
+        code = None
         try:
             main()
+        except SystemExit as stop:  # when it was asked to, or argparse
+            code = stop.code
         finally:
             end_workers()  # while the loaders stand: they would wait for stuck ones as they go
+        end_collectives()  # the frame of main is gone, and with it the network
+        if code:
+            sys.exit(code)
         return
     except (UserError, OSError) as error:  # a full disk reaches us from TensorBoard's writer, too
         if _own_errors or int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -174,6 +181,20 @@ def launch(main: Callable[[], None]) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(status)  # the others may wait in a collective; the launcher ends them
     sys.exit(status)
+
+
+def end_collectives() -> None:
+    """Take the process group apart, once nothing else holds it.
+
+    The network that DistributedDataParallel wraps holds it, too. Where that is the last to let go,
+    the group waits for the threads of gloo with the interpreter locked, one of them waits for the
+    interpreter to free its tensors, and the process never ends (pytorch/pytorch 56297). When the
+    group itself is the last, the interpreter is free meanwhile."""
+    from torch import distributed  # every script has it by now
+
+    if distributed.is_initialized():
+        gc.collect()  # the wrapped network holds itself
+        distributed.destroy_process_group()
 
 
 def tell(line: str) -> None:

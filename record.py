@@ -270,7 +270,7 @@ class Record:
             f"stopped at step {self.step} of {self.args.iterations}, saved. Go on with: "
             f"{resume_command(self.args, self.folder)}"
         )
-        self.accelerator.end_training()
+        self.close()
         sys.exit(128 + signal)
 
     def finish(self, network: nn.Module, images) -> None:
@@ -291,7 +291,11 @@ class Record:
                 f"predict with: python predict.py {shlex.quote(str(self.folder))} "
                 "IMAGE_OR_FOLDER --out-dir predictions"
             )
-        self.accelerator.end_training()
+        self.close()
+
+    def close(self) -> None:
+        for tracker in self.accelerator.trackers:  # end_training would end the process group, too,
+            tracker.finish()  # which is for `launch` to do, once the network is gone
 
 
 class BadStep:

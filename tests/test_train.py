@@ -284,18 +284,27 @@ def test_going_on_from_a_run(tmp_path):
 
 
 TOLD = """
-import os, sys
+import gc, os, sys
 sys.path.insert(0, {root!r})
+import torch
 import processes, run
 import {module} as module
-seed_step = run.seed_step
+seed_step, destroy = run.seed_step, torch.distributed.destroy_process_group
+
+def tell(*words):
+    with open({seeds!r} + os.environ["RANK"], "a") as file:
+        print(*words, file=file)
 
 def told(*key):
-    with open({seeds!r} + os.environ["RANK"], "a") as file:
-        print(*key, file=file)
+    tell(*key)
     return seed_step(*key)
 
-run.seed_step = told
+def destroyed(*group):
+    network = torch.nn.parallel.DistributedDataParallel
+    tell("networks at the end:", sum(type(held) is network for held in gc.get_objects()))
+    destroy(*group)
+
+run.seed_step, torch.distributed.destroy_process_group = told, destroyed
 processes.launch(module.main)
 """
 
@@ -324,7 +333,9 @@ def test_two_processes(module, tmp_path):
     assert confusion.sum() == 3 * 48 * 64  # every validation pixel once
     for rank in (0, 1):  # each draws its own
         drawn = (tmp_path / f"seeds{rank}").read_text().splitlines()
-        assert drawn == [f"4 {step} {rank}" for step in range(3)]
+        assert drawn[:-1] == [f"4 {step} {rank}" for step in range(3)]
+        # the process group must go last: see end_collectives
+        assert drawn[-1] == "networks at the end: 0"
 
 
 def test_same_command_same_weights(tmp_path):
