@@ -3,8 +3,9 @@
 The first are given tensors that say "cuda" and hold no values.
 
 An operation that brings tensors of two devices together raises, and so does whatever would read a
-value (.item(), nonzero, a boolean mask, an if): on a GPU those make the host wait. Only backward is
-left out; it needs the real device."""
+value (.item(), nonzero, a boolean mask, an if) and a copy between host and device that is not
+`non_blocking`: on a GPU those make the host wait. Only backward is left out; it needs the real
+device."""
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_semi
 import train_supervised
@@ -36,6 +39,19 @@ def no_values():
     mode = FakeTensorMode()
     mode.__deepcopy__ = lambda memo: mode  # a copied tensor, the teacher's, is of the same mode
     return mode
+
+
+class NoBlockingCopies(TorchDispatchMode):
+    """Refuses copies between host and device for which the host waits, those of lists and indices
+    included; a number alone is handed over with the kernel."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        tensors = [x for x in tree_leaves([args, out]) if isinstance(x, torch.Tensor) and x.dim()]
+        if len({x.device.type for x in tensors}) > 1:
+            assert kwargs.get("non_blocking") or True in args[2:3], function
+        return out
 
 
 def accelerator(device="cuda"):
@@ -94,9 +110,9 @@ def test_a_semi_supervised_step_waits_for_nothing(name):
         student = network(args)
         teacher = MeanTeacher(student)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-        losses, shown = train_semi.train_step(
-            batch(), batch(2 * SIZE), student, teacher, optimizer, accelerator(), args, draws()
-        )
+        parts = student, teacher, optimizer, accelerator(), args, draws()
+        with NoBlockingCopies():
+            losses, shown = train_semi.train_step(batch(), batch(2 * SIZE), *parts)
         on_the_device(losses, shown)
         with pytest.raises(DataDependentOutputException):
             losses["loss/total"].item()  # the mode does what it is used for
@@ -110,9 +126,10 @@ def test_a_supervised_step_waits_for_nothing(options):
     with no_values():
         student = network(args)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-        step = train_supervised.train_step(
-            batch(), student, optimizer, accelerator(), args, draws()
-        )
+        with NoBlockingCopies():
+            step = train_supervised.train_step(
+                batch(), student, optimizer, accelerator(), args, draws()
+            )
         on_the_device(*step)
 
 
@@ -121,6 +138,20 @@ def test_a_mistake_is_found():
     args = train_supervised.parse_options(SMALL)
     with no_values(), pytest.raises(RuntimeError, match="cuda"):
         train_supervised.train_step(batch(), network(args), None, accelerator("cpu"), args, draws())
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda x: x[[0, 1]],
+        lambda x: x + torch.tensor([1.0, 2, 3], device="cuda"),
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: x.cpu(),
+    ],
+)
+def test_a_copy_that_waits_is_found(mistake):
+    with no_values(), NoBlockingCopies(), pytest.raises(AssertionError):
+        mistake(torch.zeros(3, device="cuda"))
 
 
 def draws():
