@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -156,14 +157,8 @@ def launch(main: Callable[[], None]) -> None:
     noise = ".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier|broadcast_buffers).*"
     warnings.filterwarnings("ignore", message=noise)
     try:
-        code = None
-        try:
-            main()
-        except SystemExit as stop:  # when it was asked to, or argparse
-            code = stop.code
-        finally:
-            end_workers()  # while the loaders stand: they would wait for stuck ones as they go
-        end_collectives()  # the frame of main is gone, and with it the network
+        code = run_to_end(main)
+        end_collectives()  # main is gone, and with it the network
         if code:
             sys.exit(code)
         return
@@ -171,16 +166,37 @@ def launch(main: Callable[[], None]) -> None:
         if _own_errors or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             tell(last_line(error))
         status = 2
-    except RuntimeError as error:
-        if not (line := collective_failure(error)):
+    except Exception as error:
+        if line := collective_failure(error):
+            tell(line)
+            status = 2
+        elif several():
+            traceback.print_exc()
+            status = 1
+        else:
             raise
-        tell(line)
-        status = 2
     except KeyboardInterrupt:
         status = 130
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(status)  # the others may wait in a collective; the launcher ends them
+    if several():  # the others may wait in a collective, and our own group for its threads (see
+        sys.stdout.flush()  # end_collectives); the launcher ends them
+        os._exit(status)
     sys.exit(status)
+
+
+def several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def run_to_end(main: Callable[[], None]) -> int | str | None:
+    """What main exits with; None where it returns."""
+    try:
+        try:
+            main()
+        finally:
+            end_workers()  # while the loaders stand: they would wait for stuck ones as they go
+    except SystemExit as stop:  # when it was asked to stop, or argparse
+        return stop.code
+    return None
 
 
 def end_collectives() -> None:
@@ -189,10 +205,10 @@ def end_collectives() -> None:
     The network that DistributedDataParallel wraps holds it, too. Where that is the last to let go,
     the group waits for the threads of gloo with the interpreter locked, one of them waits for the
     interpreter to free its tensors, and the process never ends (pytorch/pytorch 56297). When the
-    group itself is the last, the interpreter is free meanwhile."""
+    group itself is the last, the interpreter is free meanwhile (pytorch/pytorch 154976)."""
     from torch import distributed  # every script has it by now
 
-    if distributed.is_initialized():
+    if distributed.is_available() and distributed.is_initialized():
         gc.collect()  # the wrapped network holds itself
         distributed.destroy_process_group()
 
@@ -213,10 +229,10 @@ def last_line(error: Exception) -> str:
     return re.sub(r"^(\w+\.)*\w*Error: ", "", lines[-1])
 
 
-def collective_failure(error: RuntimeError) -> str | None:
+def collective_failure(error: Exception) -> str | None:
     """What to tell of an error in a collective; None for any other error."""
     text = str(error)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not several() or not isinstance(error, RuntimeError):
         return None
     go_on = "the last checkpoint is kept, go on with --resume"
     if "connectFullMesh" in text:

@@ -127,11 +127,15 @@ def curves(chosen: dict) -> dict:
 
 def label_curve(chosen: dict) -> dict:
     """Test mIoU in per cent on CamVid: {method: {number of labels: its values over the seeds}}."""
+    shown = {
+        (name, method): rows
+        for (name, method), rows in chosen.items()
+        if name.startswith("camvid") and name.endswith("labels") and ABLATED not in method
+    }
     bands = {}
-    for (name, method), rows in same_seeds(chosen).items():
-        if name.startswith("camvid") and name.endswith("labels") and ABLATED not in method:
-            values = [100 * float(row["test miou"]) for row in rows]
-            bands.setdefault(method, {})[int(name.split()[1])] = values
+    for (name, method), rows in same_seeds(shown).items():
+        values = [100 * float(row["test miou"]) for row in rows]
+        bands.setdefault(method, {})[int(name.split()[1])] = values
     return bands
 
 

@@ -79,6 +79,8 @@ def test_curves_are_grouped_by_setting_method_and_step():
     # the other method has three seeds, of which this one alone is compared
     assert [len(v) for v in results.curves(chosen)[NAME][RECO].values()] == [1, 1]
     assert results.label_curve(chosen) == {RECO: {5: [21.0], 20: [31.0]}}
+    chosen["camvid, 20 labels", RECO].append(line(RECO, "0.2", 1, 0.4, 0.25, "camvid, 20 labels"))
+    assert results.label_curve(chosen)[RECO][20] == [31.0, 25.0]  # the ablation has one seed
 
 
 def test_command_lines_name_what_decides_the_result():

@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import uuid
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+import processes
 import trees
+from cli import ROOT
 from processes import collective_failure
 from runs import ACCELERATE, TWO_RANKS, Run, parent, small
 
@@ -127,6 +130,58 @@ def test_errors_in_collectives_are_told_apart(monkeypatch):
     assert collective_failure(RuntimeError("shapes differ")) is None
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert collective_failure(late) is None
+
+
+# ------------------------------------------------------------------------------------ in what order
+class Held:
+    """Tells when it goes."""
+
+    def __init__(self, told):
+        self.told = told
+
+    def __del__(self):
+        self.told.append("network")
+
+
+@pytest.mark.parametrize("code", [None, 143])
+def test_the_process_group_goes_last(code, monkeypatch):
+    """After the network, which holds it; and a stop does not wait for loaders that are stuck."""
+    told = []
+    monkeypatch.setattr(processes, "end_workers", lambda: told.append("workers"))
+    monkeypatch.setattr(processes, "end_collectives", lambda: told.append("group"))
+
+    def main():
+        network = Held(told)
+        if code:
+            sys.exit(code)
+        del network
+
+    with pytest.raises(SystemExit) if code else nullcontext() as stop:
+        processes.launch(main)
+    assert told == (["workers", "network", "group"] if code else ["network", "workers", "group"])
+    assert not code or stop.value.code == code
+
+
+def test_an_unexpected_error_of_one_of_several_processes_ends_it():
+    program = """
+import processes
+
+def main():
+    print("started")
+    raise LookupError("nobody thought of it")
+
+processes.launch(main)
+"""
+    for number in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**os.environ, "WORLD_SIZE": number},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1 and done.stdout == "started\n"
+        assert done.stderr.count("LookupError: nobody thought of it") == 1
 
 
 # --------------------------------------------------------------------------------------- two nodes
