@@ -177,13 +177,16 @@ def launch(main: Callable[[], None]) -> None:
             raise
     except KeyboardInterrupt:
         status = 130
-    if several():  # the others may wait in a collective, and our own group for its threads (see
-        sys.stdout.flush()  # end_collectives); the launcher ends them
+    if several():
+        # At once: the others may wait in a collective, until the launcher ends them, and an orderly
+        # end could wait for ever itself, since the network is still there (see end_collectives).
+        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 
 
 def several() -> bool:
+    """Whether this process is one of several of a run."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 

@@ -294,8 +294,10 @@ class Record:
         self.close()
 
     def close(self) -> None:
-        for tracker in self.accelerator.trackers:  # end_training would end the process group, too,
-            tracker.finish()  # which is for `launch` to do, once the network is gone
+        """What Accelerate's end_training does, but for the process group: `launch` ends that, once
+        the network is gone."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 class BadStep:

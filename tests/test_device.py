@@ -50,7 +50,8 @@ class NoBlockingCopies(TorchDispatchMode):
         out = function(*args, **kwargs)
         tensors = [x for x in tree_leaves([args, out]) if isinstance(x, torch.Tensor) and x.dim()]
         if len({x.device.type for x in tensors}) > 1:
-            assert kwargs.get("non_blocking") or True in args[2:3], function
+            # copy_ takes it as its third argument
+            assert any(x is True for x in [kwargs.get("non_blocking"), *args[2:3]]), function
         return out
 
 
