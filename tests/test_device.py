@@ -35,8 +35,14 @@ def probed_backbone():
     DeepLabV3Plus(CLASSES, "test_resnet", pretrained=False)
 
 
+class NoGPU(FakeTensorMode):
+    # Also where there is one: torch.tensor would make a real tensor on it, which is not seen here
+    # and cannot be copied with the network.
+    avoid_device_init = True
+
+
 def no_values():
-    mode = FakeTensorMode()
+    mode = NoGPU()
     mode.__deepcopy__ = lambda memo: mode  # a copied tensor, the teacher's, is of the same mode
     return mode
 
