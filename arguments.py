@@ -9,7 +9,7 @@ from accelerate.tracking import get_available_trackers
 
 from backbones import vit_patch
 from checkpoint import default_folder, newest_folder, read_config
-from errors import need
+from errors import UserError, need, note
 from options import Parser
 from processes import cores
 from recipes import ADAMW, PAPER, RECIPES, VIT_LR_SCALE
@@ -72,7 +72,7 @@ def resumed_options(args: argparse.Namespace, given: dict) -> argparse.Namespace
     need(
         not differing,
         f"--resume {folder}: {', '.join(differing)} would change the result; leave it out, or "
-        "start a new run",
+        f"begin a new run with --init-from {folder}",
     )
     harmless = {name: value for name, value in given.items() if name in HARMLESS}
     older = {name: PAPER[name] for name in ("optimizer", "weight_decay", "backbone_lr_scale")}
@@ -122,7 +122,14 @@ def fit_optimizer(args: argparse.Namespace, recipe: dict) -> None:
     backbone, patch = args.backbone or recipe["backbone"], 0
     if backbone not in {known["backbone"] for known in RECIPES.values()}:
         strides = [getattr(args, n) or recipe[n] for n in ("output_stride", "decoder_stride")]
-        patch = vit_patch(backbone, *strides)
+        try:
+            patch = vit_patch(backbone, *strides)
+        except UserError:
+            if args.output_stride or strides[0] == 32:
+                raise
+            patch = vit_patch(backbone, 32, strides[1])
+            note(f"--backbone {backbone} cannot be dilated: --output-stride 32, not {strides[0]}")
+            recipe["output_stride"] = 32
     if args.optimizer == "adamw" or (patch and not args.optimizer):
         recipe |= ADAMW
     if patch:
@@ -172,7 +179,7 @@ def check_meaning(args: argparse.Namespace, given: dict) -> None:
         "--reco needs the representation head: use --model reconet (deeplabv3plus has none)",
     )
     need(
-        not args.label_ratio or "num_labeled" not in given,
+        not (args.label_ratio and given.get("num_labeled")),
         "--label-ratio and --num-labeled exclude each other: partial labels are on every image",
     )
     need(

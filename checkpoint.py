@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from errors import UserError, need
-from files import write
+from files import write, write_json
 
 try:
     import fcntl
@@ -142,7 +142,7 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     need(folder.is_dir(), f"{folder}: no such run folder")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
         check_config(config)
         return config
     except FileNotFoundError:
@@ -159,7 +159,7 @@ def read_history(folder: Path) -> list[dict]:
     if not path.is_file():
         return []
     try:
-        history = json.loads(path.read_text())
+        history = json.loads(path.read_bytes())
         [(entry["step"], entry["miou"]) for entry in history]
         return history
     except (ValueError, KeyError, TypeError) as error:
@@ -253,6 +253,9 @@ def save_state(folder: Path, record, **parts) -> None:
     Random state is no part of it: every draw is a function of (seed, step)."""
     state = {name: part.state_dict() if part else None for name, part in parts.items()}
     write_torch(folder / "checkpoint" / "state.pt", record.state_dict() | state)
+    config = read_config(folder)
+    if not config.get("has_checkpoint"):  # so that one that is lost later is missed
+        write_json(folder / "config.json", config | {"has_checkpoint": True})
 
 
 def load_state(folder: Path) -> dict | None:
@@ -266,10 +269,9 @@ def load_state(folder: Path) -> dict | None:
             return read_torch(path)
         except UserError as error:
             raise UserError(f"{error}; bring back a whole one, or {anew}") from None
-    reached = max((entry["step"] for entry in read_history(folder)), default=0)
     need(
-        reached <= read_config(folder)["arguments"]["save_interval"],
-        f"{path}: is gone, though the run got to step {reached}; bring it back, or {anew}",
+        not read_config(folder).get("has_checkpoint"),
+        f"{path}: is gone, though the run had written it; bring it back, or {anew}",
     )
     return None
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from errors import UserError, need
 from mixing import IGNORE
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".jfif")
 OUTSIDE = 254  # in a value table: a value on disk that is no class
 LABEL_MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # Pillow's modes of one number per pixel
 EXIF_ORIENTATION = 0x0112
@@ -107,9 +107,10 @@ def read_label(
         "class number per pixel, or classes.txt gives every class its colour (road 128 64 128)",
     )
     if size and stored != size:
+        turned = "; the image as its EXIF data turn it" if stored == size[::-1] else ""
         raise UserError(
             f"{path}: is {stored[1]}x{stored[0]} but its image is {size[1]}x{size[0]}; "
-            "they must have one size"
+            f"they must have one size{turned}"
         )
     if coloured:
         return label_by_colour(path, image, colours, origin)
@@ -158,6 +159,14 @@ def label_by_colour(
             f"which is no class{origin}; add it there, or as `void` where it means nothing"
         )
     return label
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """What a file holds. Raises UserError that names it."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def stamp(*paths: str | None) -> list[list[int]]:

@@ -6,6 +6,7 @@ The labelled split, published lists of images, a user's own labels, and partial 
 import hashlib
 import json
 import os
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +90,7 @@ def read_index(path: Path, num_classes: int) -> dict[str, dict]:
     try:
         return {
             name: entry
-            for name, entry in json.loads(path.read_text()).items()
+            for name, entry in json.loads(path.read_bytes()).items()
             if set(entry["classes"]) <= ids and 0 <= entry["share"] <= 1
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -204,7 +205,8 @@ def published_split(source: Source, path: str | Path) -> list[Sample]:
     """
     file, by_name, chosen = Path(path), {s.name: s for s in source.train}, {}
     need(file.is_file(), f"--labeled-list {path}: no such file")
-    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    lines = unicodedata.normalize("NFC", text).splitlines()  # see layouts.name_of
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -243,6 +245,9 @@ def check_folder(source: Source, quiet: bool = True) -> set[Sample]:
     if absent and not quiet:
         more = " ..." if len(absent) > 5 else ""
         note(f"no label holds {', '.join(absent[:5])}{more}, which classes.txt names")
+    odd = (s for s, e in labelled.items() if e["classes"] == [0] and SPARSE <= e["share"] < 1)
+    if not quiet and (mask := next(odd, None)):
+        note(f"{mask.label}: holds 0 and 255 alone, as a 0/255 mask; 255 means not labelled")
     return {s for s in source.train if s.label and entries[s]["share"] < SPARSE}
 
 
@@ -301,7 +306,8 @@ def divide(
 
 def fingerprint(source: Source, division: Division) -> dict[str, str]:
     """What a run that goes on must find again: of the images that are labelled, unlabelled and
-    validated on, a hash of names and sizes of the files; and of the colours of the classes."""
+    validated on, a hash of names and sizes of the files; of their labels, of what the files hold;
+    and the colours of the classes."""
 
     def of(samples: list[Sample]) -> str:
         entries = [
@@ -310,12 +316,17 @@ def fingerprint(source: Source, division: Division) -> dict[str, str]:
         ]
         return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
 
-    lists = {
+    masks = {s.label for s in (*division.labelled, *source.val) if not s.drawn}
+    content = hashlib.sha256()
+    for mask in sorted(masks):
+        content.update(files.read_bytes(mask))
+    return {
         "labelled images": of(division.labelled),
         "unlabelled images": of(division.unlabelled),
         "validation images": of(source.val),
+        "labels": content.hexdigest()[:16],
+        "colours of the classes": repr(source.colours),
     }
-    return lists | {"colours of the classes": repr(source.colours)}
 
 
 # ------------------------------------------------------------------------------ partial labels

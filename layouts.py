@@ -6,6 +6,7 @@ raises UserError that names what is missing.
 
 import codecs
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,11 @@ def voc_palette(number: int) -> list[tuple[int, int, int]]:
 
 
 # ------------------------------------------------------------------------------------- helpers
+def name_of(file: Path) -> str:
+    """A file's name without its ending; an accent is one character (a Mac may write it as two)."""
+    return unicodedata.normalize("NFC", file.stem)
+
+
 def list_files(
     folder: Path, what: str, pattern: str = "*", suffixes: tuple[str, ...] = IMAGE_SUFFIXES
 ) -> list[Path]:
@@ -174,7 +180,7 @@ def list_pascal(path: Path) -> Splits:
     def names(part: str) -> list[str]:
         file = root / "ImageSets" / "Segmentation" / f"{part}.txt"
         need(file.is_file(), f"{file}: no such list of images")
-        return file.read_text().split()
+        return file.read_text("utf-8").split()
 
     def split(stems: list[str], labels: Path) -> list[Sample]:
         need(stems, f"{labels}: holds no label for this split")
@@ -217,9 +223,13 @@ def list_sun(path: Path) -> Splits:
     train, test = images("train"), images("test")
     labels = list_files(folder, "the SUN RGB-D labels, 0 = void", "img-*.png")
     # the download numbers its training images from 1 again, while their labels follow the test ones
-    with_test_images = {label_of(image, SUN_TEST_IMAGES) for image in train} <= set(labels)
-    shift = SUN_TEST_IMAGES if with_test_images else 0
-    training = set(train)
+    training, of_test = set(train), {label_of(image) for image in test}
+
+    def fits(shift: int) -> bool:
+        of_train = {label_of(image, shift) for image in train}
+        return of_train <= set(labels) and of_train.isdisjoint(of_test)
+
+    shift = next(filter(fits, (SUN_TEST_IMAGES, len(test))), 0)
     samples = labelled_samples(
         train + test, lambda image: label_of(image, shift if image in training else 0), labels
     )
@@ -311,20 +321,20 @@ def folder_split(path: Path, part: str) -> list[Sample]:
     image_folder, label_folder = path / "images" / part, path / "labels" / part
     layout = "the layout is images/{train,val}/*, labels/{train,val}/*.png, classes.txt"
     images = list_files(image_folder, layout)
-    labels = {p.stem: p for p in list_files(label_folder, "one PNG per labelled image")}
+    labels = {name_of(p): p for p in list_files(label_folder, "one PNG per labelled image")}
     need(images, f"{image_folder}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
     note_left_out(image_folder, images)
 
     names = set()
     for image in images:
+        name = name_of(image)
         need(
-            image.stem not in names,
-            f"{image_folder}: two images are called {image.stem}; "
-            "one label could not tell them apart",
+            name not in names,
+            f"{image_folder}: two images are called {name}; one label could not tell them apart",
         )
-        names.add(image.stem)
+        names.add(name)
         need(
-            part == "train" or image.stem in labels,
+            part == "train" or name in labels,
             f"{image}: an image without a label in {label_folder}; "
             "label it or move it to images/train",
         )
@@ -336,6 +346,6 @@ def folder_split(path: Path, part: str) -> list[Sample]:
         need(name in names, f"{label}: a label without an image of that name in {image_folder}")
     need(labels, f"{label_folder}: holds no label; paint at least one")
     return [
-        Sample(image.stem, str(image), str(labels[image.stem]) if image.stem in labels else None)
-        for image in images
+        Sample(name, str(image), str(labels[name]) if name in labels else None)
+        for name, image in zip(map(name_of, images), images, strict=True)
     ]

@@ -217,7 +217,8 @@ class Segmenter(DeepLabV3Plus, PyTorchModelHubMixin):
         **options,
     ):
         """The mask uint8 [H, W] of an image of any size: a path, a PIL image, a uint8 array
-        [H, W, 3] or [H, W], or a uint8 tensor [3, H, W]; of a list the list of masks.
+        [H, W, 3] or [H, W], or a uint8 tensor [3, H, W]; of a list the list of masks. A file is
+        turned as its EXIF data say, as everywhere here; a PIL image is taken as it is.
 
         probabilities  [C, H, W] float32 in place of the mask
         confidence     (mask, probability of the predicted class float32 [H, W])

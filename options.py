@@ -174,7 +174,8 @@ def add_model_options(add) -> None:
         "--output-stride",
         type=int,
         choices=[8, 16, 32],
-        help=f"of the deepest features ({by_recipe('output_stride')})",
+        help=f"of the deepest features ({by_recipe('output_stride')}; a backbone that cannot be "
+        "dilated: 32)",
     )
     add(
         "--decoder-stride",

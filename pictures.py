@@ -39,8 +39,9 @@ def heat_map(matrix: Tensor, names: list[str]) -> Figure:
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()
     axis.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
+    plain = dict(fontsize=8, parse_math=False)  # a $ in a name is no formula
+    axis.set_xticks(range(len(names)), names, rotation=90, **plain)
+    axis.set_yticks(range(len(names)), names, **plain)
     for i, j in (matrix >= 0.005).nonzero().tolist():
         value = float(matrix[i, j])
         colour = "white" if value > 0.6 else "black"
@@ -89,7 +90,8 @@ def draw_training(shown: dict, palette) -> Figure:
 
 
 def query_mask(queries: Tensor, rep_size, b: int, size) -> Tensor:
-    """[1, H, W] bool: where the queries of image b of the batch lie; queries index into B*h*w."""
+    """[1, H, W] bool: where the queries of image b of the batch lie; queries index into B*h*w,
+    -1 is none."""
     h, w = rep_size
     picked = torch.zeros(h * w)
     mine = queries.flatten() - b * h * w

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import models
-from errors import UserError, need
+from errors import UserError, need, note
 from files import IMAGE_SUFFIXES, need_utf8, partial_of, read_image, write
+from layouts import OTHER_PICTURES, name_of
 from options import add_prediction_options, new_parser, number, positive
 from processes import launch
 from published import CLASSES, load_published
@@ -144,13 +145,17 @@ def pictures_below(folder: Path, out_dir: Path) -> list[Path]:
     files = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
+        if path.suffix.lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES)
         and path.is_file()
         and not any(name.startswith(".") for name in path.relative_to(folder).parts)
         and not (inside and path.resolve().is_relative_to(out))
     ]
+    others = [path for path in files if path.suffix.lower() in OTHER_PICTURES]
+    files = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     suffixes = ", ".join(IMAGE_SUFFIXES)
     need(files, f"{folder}: holds no picture ({suffixes}), nor do its sub-folders")
+    if others:
+        note(f"{len(others)} pictures are left out ({others[0]} ...): only {suffixes} are read")
     return files
 
 
@@ -183,18 +188,22 @@ def save_png(path: Path, picture: Image.Image, compress_level: int = 6) -> None:
     write(path, lambda file: picture.save(file, "PNG", compress_level=compress_level))
 
 
-def suggest(scores: list[tuple[float, Path]], run: str | None, number: int) -> list[str]:
+def suggest(
+    scores: list[tuple[float, Path]], run: str | None, number: int
+) -> tuple[list[str], int]:
     """The lines of suggest.txt: the pictures to label next, least certain first. Left out are those
-    that the run was trained on with a label, and those of images/... with a mask in labels/..."""
+    of the name of one that the run was trained on with a label, and those of images/... with a mask
+    in labels/...; how many these are."""
     file = Path(run or ".") / "labeled.txt"
-    labelled = set(file.read_text().splitlines()) if run and file.exists() else set()
+    labelled = set(file.read_text("utf-8").splitlines()) if run and file.exists() else set()
     unsure = [
         (score, picture)
         for score, picture in scores
-        if picture.stem.removesuffix("_leftImg8bit") not in labelled and not has_mask(picture)
+        if name_of(picture).removesuffix("_leftImg8bit") not in labelled and not has_mask(picture)
     ]
+    left_out = len(scores) - len(unsure)
     unsure = sorted(unsure, key=lambda entry: -entry[0])[:number]
-    return [f"{score:.4f}  {picture}" for score, picture in unsure]
+    return [f"{score:.4f}  {picture}" for score, picture in unsure], left_out
 
 
 def has_mask(picture: Path) -> bool:
@@ -289,10 +298,12 @@ def report(args: argparse.Namespace, targets: dict, scores: list[tuple[float, Pa
     if args.confidence:
         endings += ", NAME_confidence.png"
     if args.suggest and scores:
-        lines = suggest(scores, args.run, args.suggest)
-        print("\n".join(lines))
+        lines, left_out = suggest(scores, args.run, args.suggest)
         text = "".join(f"{line}\n" for line in lines)
+        print(text, end="")
         write(Path(args.out_dir) / "suggest.txt", lambda file: file.write(text.encode()))
+        if left_out:
+            print(f"{left_out} pictures left out: a picture of their name is labelled already")
         endings += ", suggest.txt"
     if targets:
         print(f"{len(scores)} of {len(targets)} pictures: {endings} in {args.out_dir}")

@@ -50,7 +50,7 @@ class Record:
         self.step, self.best = state["step"], state["best"]
         self.history, self.skipped = state["history"], state["skipped"]
         if not (self.folder / "model.safetensors").exists():
-            self.best = None  # its weights are gone: the next validation's are kept
+            self.best = None  # its weights are gone: the run begins with a validation
 
     def announce(self, division: Division, loaders: list) -> None:
         """Before the first step: what the run is, in one line. Nothing is written yet."""

@@ -204,8 +204,8 @@ def check_resumed(
         if saved[name] != value
     ]
     data = fingerprint(source, division)
-    before = config.get("data", data)  # a run of an older version has none
-    differing += [f"other {part}" for part in data if data[part] != before.get(part)]
+    before = config.get("data", {})  # a run of an older version has none, or fewer parts
+    differing += [f"other {part}" for part in data if data[part] != before.get(part, data[part])]
     if config["classes"] != source.classes:
         differing.append("the classes (classes.txt has changed)")
     need(

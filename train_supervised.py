@@ -10,6 +10,7 @@
 
 import argparse
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -97,8 +98,9 @@ def reco_curves(loss: Tensor, stats: dict) -> dict[str, Tensor]:
 
 def reco_pictures(rep: Tensor, stats: dict) -> dict:
     """What the pictures show of it: the pixels drawn as queries and the class relations."""
-    shown = {name: stats[name] for name in ("queries", "relation")}
-    return {**shown, "rep_size": rep.shape[-2:]}
+    # a class without hard pixels draws some that do not count
+    queries = torch.where(stats["query_weight"][:, None] > 0, stats["queries"], -1)
+    return {"queries": queries, "relation": stats["relation"], "rep_size": rep.shape[-2:]}
 
 
 def training_loaders(args, source, division, accelerator, start: int) -> list[Loader]:
@@ -151,7 +153,8 @@ def main() -> None:
 
     val_loader.start()  # now, so that no validation starts a process
     student.train()
-    if args.init_from and not state:  # its weights stay until others are better
+    # --init-from: its weights stay until others are better; or those that were best are gone
+    if record.best is None and (record.history or (args.init_from and not state)):
         record.validate({"student": model}, val_loader)
     for step, batch in enumerate(loaders[0], start=record.step):
         rate = run.set_learning_rate(optimizer, args, accelerator, step)

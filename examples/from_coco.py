@@ -74,7 +74,7 @@ def paint_segments(folder: Path, entry: dict, ids: dict[int, int], nothing: int)
 def main() -> None:
     args = parse_options()
     try:
-        content = json.loads(args.annotations.read_text())
+        content = json.loads(args.annotations.read_bytes())
         categories = sorted(content["categories"], key=lambda one: one["id"])
         pictures, entries = content["images"], content["annotations"]
         first = [args.background] if args.background else []

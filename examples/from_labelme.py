@@ -49,7 +49,7 @@ def parse_options() -> argparse.Namespace:
 def read_shapes(file: Path) -> dict:
     """A labelme file with what is used of it; one line where it is none."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_bytes())
         shapes = [(s["label"], s.get("shape_type") or "polygon", s) for s in content["shapes"]]
         size = int(content["imageHeight"]), int(content["imageWidth"])
         image = file.parent / content["imagePath"].replace("\\", "/")
@@ -110,7 +110,7 @@ def main() -> None:
     if args.labels:
         if not args.labels.is_file():
             refuse(f"{args.labels}: no such file (--labels)")
-        lines = [line.strip() for line in args.labels.read_text().splitlines()]
+        lines = [line.strip() for line in args.labels.read_text("utf-8-sig").splitlines()]
         listed = [line for line in lines if line and line not in (IGNORED, args.background)]
         unknown = sorted(names - set(listed))
         if unknown:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 NOT_LABELLED = 255
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".jfif")
 
 
 def refuse(reason: str) -> NoReturn:
@@ -23,11 +23,11 @@ def write_classes(out: Path, classes: list[str]) -> None:
         more = "; --background NAME adds one" if len(classes) == 1 else ""
         refuse(f"{len(classes)} classes ({', '.join(classes[:5])}); 2 to 253 are possible{more}")
     file, text = out / "classes.txt", "".join(f"{name}\n" for name in classes)
-    if file.exists() and file.read_text() != text:
+    if file.exists() and file.read_text("utf-8") != text:
         refuse(f"{file}: has other classes than {', '.join(classes)}; choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_text(text, "utf-8")
     except OSError as error:
         refuse(f"{file}: cannot be written ({error.strerror or error})")
 

@@ -46,6 +46,22 @@ def test_a_vit_has_one_stride():
         parse("--backbone", "test_vit", "--output-stride", "8")
 
 
+def test_a_backbone_that_cannot_be_dilated(capsys):
+    words = "--backbone", "repvit_m0_9", "--decoder-stride", "4"
+    assert parse(*words).output_stride == 32
+    assert "repvit_m0_9 cannot be dilated: --output-stride 32, not 8" in capsys.readouterr().out
+    with pytest.raises(UserError, match="try --output-stride 32"):
+        parse(*words, "--output-stride", "16")
+    with pytest.raises(UserError, match="yields no feature pyramid"):
+        parse("--backbone", "mambaout_femto", "--decoder-stride", "4")
+
+
+def test_partial_labels_are_on_every_image():
+    assert parse("--label-ratio", "p0", "--num-labeled", "0").num_labeled == 0
+    with pytest.raises(UserError, match="exclude each other"):
+        parse("--label-ratio", "p0", "--num-labeled", "5")
+
+
 def test_going_on_from_a_run_keeps_how_it_saw_its_pictures(tmp_path):
     seen = {"crop_size": [40, 56], "scale": [0.8, 1.2], "max_size": 480}
     run = {"dataset": "folder", "script": "train_semi.py", "recipe": "street", **seen}

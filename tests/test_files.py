@@ -63,6 +63,15 @@ def test_floats_that_are_no_numbers_are_black(read):
     assert read("float.tif", Image.fromarray(values))[0, :, 0].tolist() == [0, 255, 0, 0]
 
 
+def test_a_mask_of_the_unturned_picture_is_called_so(tmp_path):
+    trees.save(tmp_path / "a.png", np.zeros((4, 6), np.uint8))
+    table = np.arange(256, dtype=np.uint8)
+    with pytest.raises(UserError, match=r"one size; the image as its EXIF data turn it$"):
+        files.read_label(tmp_path / "a.png", table, size=(6, 4))
+    with pytest.raises(UserError, match=r"one size$"):
+        files.read_label(tmp_path / "a.png", table, size=(6, 5))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_of_image_and_label(tmp_path, orientation):
     root = trees.folder(tmp_path, train=1, val=1, unlabelled=0, size=(64, 96), suffix=".jpg")

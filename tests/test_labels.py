@@ -3,6 +3,7 @@
 import hashlib
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,6 +280,17 @@ def test_bad_lists(tmp_path):
     assert "names no image" in refused("\n \n")
     with pytest.raises(UserError, match="no such file"):
         labels.published_split(source, str(tmp_path / "nowhere.txt"))
+
+
+def test_a_mask_of_0_and_255_among_others_is_told(tmp_path, capsys):
+    source = load("folder", trees.folder(tmp_path))
+    labels.check_folder(source, quiet=False)
+    assert "0/255" not in capsys.readouterr().out
+    mask = trees.raw(source.train[0].label) // 2 * 255
+    mask[:30] = 0
+    trees.save(Path(source.train[0].label), mask)
+    labels.check_folder(source, quiet=False)
+    assert f"{source.train[0].label}: holds 0 and 255 alone" in capsys.readouterr().out
 
 
 def test_classes_that_no_label_holds_are_told(tmp_path, capsys):

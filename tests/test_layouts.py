@@ -109,6 +109,14 @@ def test_sun_numbering(tmp_path):
     for image in sorted((root / "SUNRGBD-train_images").iterdir(), reverse=True):
         image.rename(image.with_name(f"img-{int(image.stem[4:]) + 5050:06d}.jpg"))
     assert [s.label for s in load("sun", root).train] == [s.label for s in source.train]
+    # a few images, numbered anew in the same way, and running on
+    root = trees.sun(tmp_path / "few", train=3, test=2, offset=2)
+    expected = [f"img-00000{i}.png" for i in (3, 4, 5)]
+    assert [Path(s.label).name for s in load("sun", root).train] == expected
+    for i in (3, 2, 1):
+        folder = root / "SUNRGBD-train_images"
+        (folder / f"img-00000{i}.jpg").rename(folder / f"img-00000{i + 2}.jpg")
+    assert [Path(s.label).name for s in load("sun", root).train] == expected
 
 
 def test_class_counts():
@@ -144,6 +152,18 @@ def test_a_users_palette_and_class_names(tmp_path):
     (root / "classes.txt").write_text("road, 1, 2, 3\ncar 4,5,6\n")
     source = load("folder", root)
     assert source.classes == ["road", "car"] and source.palette == [(1, 2, 3), (4, 5, 6)]
+
+
+def test_a_name_written_in_two_ways(tmp_path):
+    """As a Mac writes it and as others do."""
+    root = trees.folder(tmp_path)
+    for kind, name in (("images", "Gru\u0308n"), ("labels", "Gr\u00fcn")):
+        (root / kind / "train/train_000.png").rename(root / kind / f"train/{name}.png")
+    source = load("folder", root)
+    assert next(s.name for s in source.train if s.label) == "Gr\u00fcn"
+    (tmp_path / "list.txt").write_text("Gru\u0308n\n", "utf-8")
+    (sample,) = labels.published_split(source, tmp_path / "list.txt")
+    assert sample.label.endswith("Gr\u00fcn.png")
 
 
 def test_pictures_that_are_left_out_are_told(tmp_path, capsys):

@@ -62,7 +62,7 @@ def test_labels_as_files_hold_them(strategy):
     torch.manual_seed(5)
     wide = mix(images, label, confidence, strategy)
     torch.manual_seed(5)
-    narrow = mix(images, label.to(torch.uint8), confidence, strategy)
+    narrow = mix(images.to(torch.uint8), label.to(torch.uint8), confidence, strategy)
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(wide, narrow, strict=True))
 
 

@@ -462,6 +462,16 @@ def test_suggestions(street, script, tmp_path):
     )
 
 
+def test_pictures_of_other_formats_are_told(street, script, tmp_path):
+    (tmp_path / "in").mkdir()
+    scene().save(tmp_path / "in" / "a.jfif", "JPEG")
+    for name in ("b.heic", ".c.heic", "d.gif", "e.txt"):
+        (tmp_path / "in" / name).write_text("x")
+    status, text, _ = script(predict, street, tmp_path / "in", "--out-dir", tmp_path / "out")
+    assert status == 0 and "1 of 1 pictures" in text and (tmp_path / "out" / "a.png").exists()
+    assert "note: 2 pictures are left out" in text and "b.heic ..." in text
+
+
 def test_a_linked_picture_has_the_name_of_the_link(street, script, tmp_path):
     """Which is the name of its label, too."""
     shutil.copytree(street, tmp_path / "run")
@@ -474,6 +484,7 @@ def test_a_linked_picture_has_the_name_of_the_link(street, script, tmp_path):
     words = [tmp_path / "run", tmp_path / "in", "--out-dir", tmp_path / "out", "--suggest", 5]
     status, text, _ = script(predict, *words)
     assert status == 0 and "2 of 2 pictures" in text
+    assert "1 pictures left out: a picture of their name is labelled already" in text
     masked = tmp_path / "images" / "val" / "a.png"
     assert not predict.has_mask(masked)
     (tmp_path / "labels" / "val").mkdir(parents=True)

@@ -389,6 +389,9 @@ def test_the_newest_run_is_the_one_last_written_to(tmp_path):
 def test_what_a_run_has_lost_is_told_and_nothing_is_spoiled(tmp_path):
     tree, run = trees.folder(tmp_path / "data", size=(32, 40)), tmp_path / "run"
     (tmp_path / "list.txt").write_text("train_001\ntrain_000\n")
+    mask = tree / "labels" / "train" / "train_000.png"
+    painted = trees.raw(mask)
+    trees.save(mask, painted, compress_level=0)  # the size follows from height and width alone
     words = f"""train_supervised.py --dataset folder --data-path {tree} --recipe street
         --labeled-list {tmp_path / "list.txt"} --crop-size 32 --channels 8 --low-channels 8
         --rep-dim 8 --batch-size 2 --num-workers 0 --log-with none --iterations 4
@@ -411,7 +414,7 @@ def test_what_a_run_has_lost_is_told_and_nothing_is_spoiled(tmp_path):
 
     assert resumed().returncode == 0
     state.unlink()
-    assert "state.pt: is gone, though the run got to step 4" in refused()
+    assert "state.pt: is gone, though the run had written it" in refused()
     state.write_bytes(whole[:1000])
     assert "state.pt: is damaged" in refused() and "--init-from" in refused()
     torch.save({"step": 2, "best": None, "skipped": 0}, state)
@@ -422,9 +425,29 @@ def test_what_a_run_has_lost_is_told_and_nothing_is_spoiled(tmp_path):
         trees.save(image, np.zeros((32, 40, 3), np.uint8))
         assert f"other {what} images would change the result; put back" in refused()
         image.write_bytes(old)
-    weights.unlink()  # no validation follows that could write others
+    old = mask.read_bytes()
+    trees.save(mask, 2 - painted, compress_level=0)
+    assert mask.stat().st_size == len(old) and "other labels would change" in refused()
+    mask.write_bytes(old)
+    weights.unlink()  # they are made again
     done = resumed()
-    assert done.returncode == 0 and "best validation" not in done.stdout
+    assert done.returncode == 0 and "best validation" in done.stdout and weights.exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    """However far it got, and with whatever interval it was resumed."""
+    tree, run = trees.folder(tmp_path / "data", size=(32, 40)), tmp_path / "run"
+    words = f"""train_supervised.py --dataset folder --data-path {tree} --recipe street
+        --crop-size 32 --channels 8 --low-channels 8 --rep-dim 8 --batch-size 2 --num-workers 0
+        --log-with none --iterations 4 --val-interval 2 --out-dir {run}""".split()
+    assert fork(*words).returncode == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config.pop("has_checkpoint")
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "checkpoint" / "state.pt").unlink()
+    done = fork("train_supervised.py", "--out-dir", run, "--resume", "--save-interval", "3")
+    assert done.returncode == 0 and "goes on at step 0 of 4" in done.stdout, done.stderr
+    assert json.loads((run / "config.json").read_text())["has_checkpoint"]
 
 
 def test_what_the_system_refuses_is_one_line(capsys, monkeypatch):

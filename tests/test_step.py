@@ -15,6 +15,7 @@ import arguments
 import checkpoint
 import data
 import labels
+import pictures
 import record
 import run
 import train_semi
@@ -24,6 +25,7 @@ import trees
 from cli import SMALL
 from mixing import IGNORE
 from models import DeepLabV3Plus
+from reco import reco_loss
 
 
 # ------------------------------------------------------------------ the step, told by its parts
@@ -214,6 +216,26 @@ def test_contrast_takes_pixels_of_which_the_student_is_sure():
     for partial, hard in ((True, [1, 32, 0]), (False, [1, 0, 0])):
         _, stats = train_semi.contrast(*parts, partial, args)
         assert stats["num_hard"].tolist() == hard
+
+
+def test_only_queries_that_count_are_shown():
+    label = torch.arange(4)[None, :, None].expand(1, 4, 4)  # a class a row
+    prob = torch.nn.functional.one_hot(label, 4).permute(0, 3, 1, 2).float()
+    prob[:, 0, 0] = 0.5  # of class 0 in its row: the only hard pixels
+    rep = torch.randn(1, 8, 4, 4)
+    _, stats = reco_loss(rep, label, prob, label >= 0, num_queries=8, return_stats=True)
+    assert stats["num_hard"].tolist() == [4, 0, 0, 0]
+    shown = train_supervised.reco_pictures(rep, stats)
+    picked = pictures.query_mask(shown["queries"], shown["rep_size"], 0, (4, 4))
+    assert picked[0, 0].any() and not picked[0, 1:].any()
+
+
+def test_names_of_classes_are_plain_text():
+    names = ["background", "US$_a_b$", "stain $5 and $6"]
+    figure = pictures.heat_map(torch.eye(3), names)
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.get_xticklabels()] == names
 
 
 def test_supervised_contrast_keeps_known_pixels():
