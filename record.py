@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm import tqdm
@@ -49,8 +50,10 @@ class Record:
     def load_state_dict(self, state: dict) -> None:
         self.step, self.best = state["step"], state["best"]
         self.history, self.skipped = state["history"], state["skipped"]
-        if not (self.folder / "model.safetensors").exists():
-            self.best = None  # its weights are gone: the run begins with a validation
+        lost = [not (self.folder / "model.safetensors").exists()]
+        broadcast_object_list(lost)  # one answer, for what follows is done by all processes
+        if lost[0]:
+            self.best = None  # so the run begins with a validation, which writes them
 
     def announce(self, division: Division, loaders: list) -> None:
         """Before the first step: what the run is, in one line. Nothing is written yet."""
