@@ -26,7 +26,7 @@ def draw_grid(rows: list[list[Tensor]], titles: list[str]) -> Figure:
     for i, row in enumerate(rows):
         for axis, picture in zip(axes[i], row, strict=True):
             values = picture.permute(1, 2, 0) if picture.dim() == 3 else picture
-            axis.imshow(values, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.imshow(values.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_axis_off()
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
@@ -38,7 +38,7 @@ def heat_map(matrix: Tensor, names: list[str]) -> Figure:
     side = 1.6 + 0.34 * len(names)
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+    axis.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1)
     plain = dict(fontsize=8, parse_math=False)  # a $ in a name is no formula
     axis.set_xticks(range(len(names)), names, rotation=90, **plain)
     axis.set_yticks(range(len(names)), names, **plain)
