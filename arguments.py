@@ -106,7 +106,7 @@ def fill_from_recipe(args: argparse.Namespace) -> None:
         recipe |= {k: v for k, v in begun["model"].items() if k in recipe and v is not None}
     if args.backbone_weights:  # also where the recipe begins with random weights
         recipe["pretrained"] = True
-    fit_optimizer(args, recipe)
+    fit_backbone(args, recipe)
     if begun:
         recipe["lr"] /= 10  # the full rate would undo what the weights know
     for name, value in recipe.items():
@@ -116,9 +116,9 @@ def fill_from_recipe(args: argparse.Namespace) -> None:
     args.crop_size = both_sides(args.crop_size, "crop_size")
 
 
-def fit_optimizer(args: argparse.Namespace, recipe: dict) -> None:
-    """The recipe's optimiser, rates and crop for the backbone: a ViT of one stride takes AdamW, and
-    crops that its patches tile."""
+def fit_backbone(args: argparse.Namespace, recipe: dict) -> None:
+    """The recipe's optimiser, rates, crop and output stride for the backbone: a ViT of one stride
+    takes AdamW, and crops that its patches tile; what cannot be dilated keeps its stride of 32."""
     backbone, patch = args.backbone or recipe["backbone"], 0
     if backbone not in {known["backbone"] for known in RECIPES.values()}:
         strides = [getattr(args, n) or recipe[n] for n in ("output_stride", "decoder_stride")]

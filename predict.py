@@ -303,7 +303,7 @@ def report(args: argparse.Namespace, targets: dict, scores: list[tuple[float, Pa
         print(text, end="")
         write(Path(args.out_dir) / "suggest.txt", lambda file: file.write(text.encode()))
         if left_out:
-            print(f"{left_out} pictures left out: a picture of their name is labelled already")
+            print(f"left out, since a picture of the same name has a label: {left_out}")
         endings += ", suggest.txt"
     if targets:
         print(f"{len(scores)} of {len(targets)} pictures: {endings} in {args.out_dir}")

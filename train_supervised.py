@@ -153,8 +153,8 @@ def main() -> None:
 
     val_loader.start()  # now, so that no validation starts a process
     student.train()
-    # --init-from: its weights stay until others are better; or those that were best are gone
-    if record.best is None and (record.history or (args.init_from and not state)):
+    # the weights of --init-from stay until others are better; lost ones are made again
+    if record.best is None and (args.init_from or record.history):
         record.validate({"student": model}, val_loader)
     for step, batch in enumerate(loaders[0], start=record.step):
         rate = run.set_learning_rate(optimizer, args, accelerator, step)

@@ -484,7 +484,7 @@ def test_a_linked_picture_has_the_name_of_the_link(street, script, tmp_path):
     words = [tmp_path / "run", tmp_path / "in", "--out-dir", tmp_path / "out", "--suggest", 5]
     status, text, _ = script(predict, *words)
     assert status == 0 and "2 of 2 pictures" in text
-    assert "1 pictures left out: a picture of their name is labelled already" in text
+    assert "left out, since a picture of the same name has a label: 1\n" in text
     masked = tmp_path / "images" / "val" / "a.png"
     assert not predict.has_mask(masked)
     (tmp_path / "labels" / "val").mkdir(parents=True)
