@@ -136,10 +136,10 @@ def pack_colour(red, green, blue):
 def label_by_colour(
     path: str | Path, image: Image.Image, colours: dict[int, int], origin: str
 ) -> np.ndarray:
-    """`read_label` of a picture in the colours of the classes. The palette index 255 is not
-    labelled, as predict.py and a painter's eraser leave it: where it has no colour of a class, and
-    where all other indices are the numbers of their classes."""
-    red, green, blue = np.asarray(image.convert("RGB")).astype(np.int32).transpose(2, 0, 1)
+    """`read_label` of a picture in the colours of the classes. What is transparent is not labelled.
+    Nor is the palette index 255, as predict.py and a painter's eraser leave it: where it has no
+    colour of a class, and where all other indices are the numbers of their classes."""
+    red, green, blue, alpha = np.asarray(image.convert("RGBA")).astype(np.int32).transpose(2, 0, 1)
     packed = pack_colour(red, green, blue)
     known = np.array(sorted(colours))
     ids = np.array([colours[colour] for colour in known.tolist()], np.uint8)
@@ -152,6 +152,9 @@ def label_by_colour(
         if ((label == index) | erased).all():
             label[erased] = IGNORE
         wrong &= ~erased
+    unpainted = alpha == 0  # whatever colour the painting program left there
+    label[unpainted] = IGNORE
+    wrong &= ~unpainted
     if wrong.any():
         y, x = np.argwhere(wrong)[0].tolist()
         raise UserError(

@@ -278,7 +278,8 @@ def read_classes(path: Path) -> tuple[Path, list[str], list[Colour], list[Colour
     if file.name == "labelmap.txt":
         lines = [line for line in lines if not line.startswith("#")]
     for line in lines:
-        need("\0" not in line, f"{file}: is no text file in UTF-8; save it as one")
+        whole = "\0" not in line and "\ufffd" not in line
+        need(whole, f"{file}: is no text file in UTF-8; save it as one")
         need(not line.startswith("#"), f"{file}: {line!r} is no class; leave comments out")
     found = [re.fullmatch(pattern, line) for line in lines]
     if file.name == "classes.txt" and not any(found):

@@ -23,6 +23,7 @@ from own_folder import (
     PICTURES,
     add_picture,
     distinct_names,
+    read_text,
     refuse,
     tell_share,
     write_classes,
@@ -108,9 +109,7 @@ def main() -> None:
     if not args.labels and written.exists():  # a class may be missing in this split
         args.labels = written
     if args.labels:
-        if not args.labels.is_file():
-            refuse(f"{args.labels}: no such file (--labels)")
-        lines = [line.strip() for line in args.labels.read_text("utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_text(args.labels).splitlines()]
         listed = [line for line in lines if line and line not in (IGNORED, args.background)]
         unknown = sorted(names - set(listed))
         if unknown:
@@ -124,7 +123,10 @@ def main() -> None:
     for one in tqdm(files, unit="picture", disable=None):
         label = np.full(one["size"], 0 if args.background else NOT_LABELLED, np.uint8)
         for name, kind, shape in one["shapes"]:
-            label[mask_of(one["file"], kind, shape, one["size"], args.width)] = ids[name]
+            try:
+                label[mask_of(one["file"], kind, shape, one["size"], args.width)] = ids[name]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                refuse(f"{one['file']}: a {kind} called {name} cannot be drawn ({error})")
         shares.append((label == NOT_LABELLED).mean())
         add_picture(args.out, args.split, one["image"], label)
     for picture in others:

@@ -17,13 +17,28 @@ def refuse(reason: str) -> NoReturn:
     sys.exit(2)
 
 
+def read_text(file: Path) -> str:
+    """A text file, without the mark that Windows sets before it."""
+    try:
+        return file.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        refuse(f"{file}: is no text file in UTF-8; save it as one")
+    except OSError as error:
+        refuse(f"{file}: cannot be read ({error.strerror})")
+
+
 def write_classes(out: Path, classes: list[str]) -> None:
     """OUT/classes.txt; one that is there, from another split, must have the same classes."""
+    for name in classes:
+        if not name or name.startswith("#") or name != " ".join(name.split()):
+            refuse(f"{name!r} cannot be the name of a class (a line of classes.txt); rename it")
+        if classes.count(name) > 1:
+            refuse(f"two classes are called {name}; rename one")
     if not 2 <= len(classes) <= 253:
         more = "; --background NAME adds one" if len(classes) == 1 else ""
         refuse(f"{len(classes)} classes ({', '.join(classes[:5])}); 2 to 253 are possible{more}")
     file, text = out / "classes.txt", "".join(f"{name}\n" for name in classes)
-    if file.exists() and file.read_text("utf-8") != text:
+    if file.exists() and read_text(file) != text:
         refuse(f"{file}: has other classes than {', '.join(classes)}; choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -93,13 +93,26 @@ def test_coco_instances(instances, photos, tmp_path):
     assert found["a"].shape == (20, 30) and found["a"][15, 15] == 255
     assert found["a"][8, 8] == 0 and found["a"][4, 4] == 1  # the smaller one is on top
     assert (found["b"][:, 0] == 0).all() and (found["b"][:, 1:] == 255).all()
-    words = [instances, photos, tmp_path / "two", "--background", "nothing", "--split"]
-    for split in ("train", "val"):
-        told = convert("from_coco.py", *words, split)
+    assert "2 labelled pictures in train, 1 unlabelled" in told
+
+
+def test_coco_pictures_without_annotations(instances, photos, tmp_path):
+    """Nobody may have looked at them: a background is no label of theirs unless one says so."""
+    words = [instances, photos, tmp_path / "out", "--background", "nothing", "--split"]
+    told = convert("from_coco.py", *words, "train")
+    assert "2 labelled pictures in train, 1 unlabelled" in told and "--empty-is-back" in told
     assert "not labelled" not in told and "not in the JSON" not in told
-    source = data.load_source("folder", str(tmp_path / "two"))
-    assert source.classes == ["nothing", "car", "person"] and len(source.val) == 3
-    assert (source.read(source.val[2])[1] == 0).all()
+    told = convert("from_coco.py", *words, "val")
+    assert "2 labelled pictures in val, 1 left out" in told
+    source = data.load_source("folder", str(tmp_path / "out"))
+    assert source.classes == ["nothing", "car", "person"]
+    assert [bool(s.label) for s in source.train] == [True, True, False] and len(source.val) == 2
+    told = convert("from_coco.py", *words, "val", "--empty-is-background")
+    assert "3 labelled pictures in val, 0 left out" in told and "if those" not in told
+    source = data.load_source("folder", str(tmp_path / "out"))
+    assert len(source.val) == 3 and (source.read(source.val[2])[1] == 0).all()
+    words = [instances, photos, tmp_path / "new", "--empty-is-background"]
+    assert "without --background" in refusal("from_coco.py", *words)
 
 
 def test_coco_panoptic(photos, tmp_path):
@@ -131,6 +144,44 @@ def test_odd_coco_files(instances, photos, tmp_path):
     assert "b.jpg" in refusal("from_coco.py", instances, photos, tmp_path / "out")
     (tmp_path / "out" / "classes.txt").write_text("other\nnames\n")
     assert "classes.txt" in refusal("from_coco.py", instances, photos, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: c["images"][0].pop("height"), "of a.jpg cannot be painted (KeyError"),
+        (lambda c: c["annotations"][0].pop("image_id"), "is no COCO file (KeyError"),
+        (lambda c: c["annotations"][0].update(segmentation=[[]]), "of a.jpg cannot be painted"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), "of a.jpg cannot be painted"),
+        (lambda c: c["images"][1].update(id=1), "two of its pictures have the same id"),
+        (lambda c: c["categories"][0].update(name="car"), "two classes are called car"),
+        (lambda c: c["categories"][0].update(name="#1 car"), "'#1 car' cannot be the name"),
+        (lambda c: c["categories"][0].update(name=" car"), "' car' cannot be the name"),
+    ],
+)
+def test_odd_entries_of_a_coco_file(instances, photos, tmp_path, change, told):
+    content = json.loads(instances.read_text())
+    change(content)
+    instances.write_text(json.dumps(content))
+    assert told in refusal("from_coco.py", instances, photos, tmp_path / "out")
+
+
+def test_what_other_programs_write_into_a_coco_file(instances, photos, tmp_path):
+    """A mark before the text and backslashes (Windows), no area, one id for all annotations, one of
+    a picture that is not listed."""
+    content = json.loads(instances.read_text())
+    for image in content["images"]:
+        image["file_name"] = f"more\\{image['file_name']}"
+    for one in content["annotations"]:
+        one |= {"id": 1, "area": None}
+    content["annotations"].append(content["annotations"][1] | {"image_id": 9})
+    instances.write_text(json.dumps(content), encoding="utf-8-sig")
+    (tmp_path / "all").mkdir()
+    photos.rename(tmp_path / "all" / "more")
+    convert("from_coco.py", instances, tmp_path / "all", tmp_path / "out", "--background", "car")
+    assert (tmp_path / "out" / "classes.txt").read_text() == "car\nperson\n"  # a category's name
+    found = labels(tmp_path / "out", "train")
+    assert (found["a"] == 1).sum() == 0 and (found["b"] == 0).all()
 
 
 def test_coco_pictures_of_one_name(instances, tmp_path):
@@ -242,9 +293,20 @@ def test_odd_labelme_files(photos, tmp_path):
     assert "a.json: is no labelme file" in refusal("from_labelme.py", photos, tmp_path / "out")
     (photos / "a.json").write_text(sound)
     words = ["--labels", tmp_path / "nowhere.txt"]
-    assert "nowhere.txt: no such file" in refusal(
+    assert "nowhere.txt: cannot be read" in refusal(
         "from_labelme.py", photos, tmp_path / "out", *words
     )
+    (tmp_path / "labels.txt").write_bytes("Grün\n".encode("latin-1"))
+    words = ["--labels", tmp_path / "labels.txt"]
+    assert "labels.txt: is no text" in refusal("from_labelme.py", photos, tmp_path / "out", *words)
+    for odd in (
+        shape("car", [[0, 0], [3, 3], [None, 1]]),
+        shape("car", [[0, 0], [3, 3]], "mask", mask="x"),
+    ):
+        labelme_file(photos / "a.json", odd, shape("bus", [[1, 1]], "point"))
+        told = refusal("from_labelme.py", photos, tmp_path / "drawn")
+        assert f"a.json: a {odd['shape_type']} called car cannot be drawn" in told
+    (photos / "a.json").write_text(sound)
     (tmp_path / "labels.txt").write_text("car\ntram\n")
     told = refusal("from_labelme.py", photos, tmp_path / "new", "--labels", tmp_path / "labels.txt")
     assert "labels.txt: lacks bus" in told

@@ -322,6 +322,24 @@ def test_masks_in_the_colours_of_the_classes(tmp_path, file, text):
         source.read_label(replace(source.train[0], label=str(tmp_path / "mask.png")))
 
 
+@pytest.mark.parametrize("palette", [False, True])
+def test_transparent_pixels_of_a_coloured_mask_are_not_labelled(tmp_path, palette):
+    """Whatever colour the painting program left there, that of a class too."""
+    pixels = np.zeros((2, 3, 4), np.uint8)
+    pixels[0, 0] = (220, 20, 60, 255)
+    pixels[0, 1] = (0, 0, 0, 255)
+    pixels[1, 2] = (7, 8, 9, 0)
+    mask = Image.fromarray(pixels)
+    if palette:
+        mask = Image.fromarray(np.array([[1, 2, 0], [0, 0, 0]], np.uint8))
+        mask.putpalette([0, 0, 0, 220, 20, 60, 0, 0, 0])
+        mask.info["transparency"] = 0
+    mask.save(tmp_path / "mask.png")
+    colours = {0: 0, files.pack_colour(220, 20, 60): 1}
+    label = files.read_label(tmp_path / "mask.png", None, colours=colours)
+    assert label.tolist() == [[1, 0, 255], [255, 255, 255]]
+
+
 def test_a_predicted_mask_is_a_label(tmp_path):
     """predict.py writes the numbers with the colours as palette; 255 is what a user erased."""
     text = "road 128 64 128\nperson 220 20 60\ncar 0 0 142\n"

@@ -280,6 +280,10 @@ OWN = {  # name: (what is done to the tree, what the one line must say)
         lambda root: (root / "classes.txt").write_bytes("a\nb\nc\n".encode("utf-16-le")),
         *("classes.txt", "UTF-8"),
     ),
+    "class names in Latin-1": (
+        lambda root: (root / "classes.txt").write_bytes("a\nGrün\nc\n".encode("latin-1")),
+        *("classes.txt", "UTF-8"),
+    ),
     "a comment among the classes": (text("classes.txt", "# mine\na\nb\n"), "classes.txt", "# mine"),
     "a class twice": (text("classes.txt", "a\nb\na\n"), "classes.txt", "the class a twice"),
     "JPEG label": (
