@@ -47,13 +47,21 @@ def build_backbone(
     check_name(name)
     options, low, high, patch = probe_features(name, output_stride, decoder_stride)
     multiple = patch or needed_multiple(name, options.get("output_stride"))
-    if not pretrained:
-        return timm.create_model(name, features_only=True, **options), low, high, multiple
-    if weights:
+    if weights and pretrained:
         state, origin = read_weight_file(Path(weights)), f"--backbone-weights {weights}"
         backbone = timm.create_model(name, features_only=True, **options)
         load_features(backbone, name, state, origin)
-        return backbone, low, high, multiple
+    elif pretrained:
+        backbone = from_hub(name, options)
+    else:
+        backbone = timm.create_model(name, features_only=True, **options)
+    for parameter in unused_parameters(name, 16 * patch or 256, **options):
+        backbone.get_parameter(parameter).requires_grad_(False)
+    return backbone, low, high, multiple
+
+
+def from_hub(name: str, options: dict) -> nn.Module:
+    """The feature extractor with timm's weights; UserError where they cannot be had."""
     need(
         timm.models.is_model_pretrained(name),
         f"--backbone {name}: timm has no pretrained weights for it; train it from random weights "
@@ -62,7 +70,7 @@ def build_backbone(
     try:
         check_hub(name)
         with quiet(logging.getLogger("timm")):
-            backbone = timm.create_model(name, features_only=True, pretrained=True, **options)
+            return timm.create_model(name, features_only=True, pretrained=True, **options)
     except Exception as error:  # the hub's clients raise many kinds; the reason is in the line
         reason = (str(error).strip().splitlines() or [""])[0][:120]
         raise UserError(
@@ -71,7 +79,6 @@ def build_backbone(
             "Hugging Face cache), give a file with --backbone-weights, or train from random "
             "weights with --no-pretrained"
         ) from error
-    return backbone, low, high, multiple
 
 
 def check_name(name: str) -> None:
@@ -158,6 +165,18 @@ def feature_widths(name: str, output_stride: int | None, side: int) -> list[int]
             return None
 
 
+@functools.cache
+def unused_parameters(name: str, side: int, **options) -> list[str]:
+    """Parameters that lead to none of its features, as the last exchange of HRNet: distributed
+    training would wait for their gradient."""
+    network = without_storage(name, features_only=True, **options).eval()
+    with torch.device("meta"):
+        total = sum(x.sum() for x in network(torch.empty(1, 3, side, side)))
+        names, parameters = zip(*network.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    return [n for n, gradient in zip(names, gradients, strict=True) if gradient is None]
+
+
 def without_storage(name: str, **options) -> nn.Module:
     """timm's network on the meta device: shapes alone. Some cannot be built there, because their
     code looks at values (before timm 1.0.30 that of RegNet, before 1.0.21 more)."""
@@ -165,7 +184,8 @@ def without_storage(name: str, **options) -> nn.Module:
         with torch.device("meta"):
             return timm.create_model(name, **options)
     except RuntimeError:
-        return timm.create_model(name, **options).to("meta")
+        with torch.random.fork_rng(devices=[]):  # what is built next begins as without this
+            return timm.create_model(name, **options).to("meta")
 
 
 def vit_patch(name: str, output_stride: int, decoder_stride: int) -> int:

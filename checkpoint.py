@@ -167,8 +167,11 @@ def read_history(folder: Path) -> list[dict]:
 
 
 def best_miou(folder: Path) -> float | None:
-    """The best validation mIoU of a run, in 0 .. 1; None where there is none."""
-    return max((entry["miou"] for entry in read_history(folder)), default=None)
+    """The validation mIoU of a run's model.safetensors, in 0 .. 1; None where there is none."""
+    history = read_history(folder)
+    # the last one that was kept: others may have been better, of weights that were lost since
+    kept = [entry["miou"] for entry in history if entry.get("kept")]
+    return kept[-1] if kept else max((entry["miou"] for entry in history), default=None)
 
 
 def check_config(config: dict) -> None:

@@ -26,6 +26,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import results
+from checkpoint import best_miou
 from errors import need
 from options import natural, new_parser, positive, positive_float
 from processes import cores, launch
@@ -149,7 +150,7 @@ def measure(args: Namespace, job: tuple) -> None:
     run_script("evaluate.py", folder, "--split", "test", "--num-workers", "0")
     history = json.loads((folder / "history.json").read_text())
     test = json.loads((folder / "evaluation-test.json").read_text())
-    scores = [max(entry["miou"] for entry in history), test["miou"], test["boundary_iou"]]
+    scores = [best_miou(folder), test["miou"], test["boundary_iou"]]
     seconds = "" if resumed else round(time.monotonic() - begun)
     curve = " ".join(f"{entry['step']}:{entry['miou']:.4f}" for entry in history)
     scores = [f"{score:.4f}" for score in scores]

@@ -260,8 +260,8 @@ def add_optimisation_options(add) -> None:
     add(
         "--batch-size",
         type=positive,
-        help="labelled images per step and process; train_semi.py takes as many unlabelled ones "
-        "besides (labelled ones by --labeled-batch-size) "
+        help="images per step and process; in train_semi.py unlabelled ones, and as many labelled "
+        "ones besides (partial labels: twice as many; --labeled-batch-size) "
         f"({by_recipe('batch_size')}; train_supervised.py twice that)",
     )
     add(

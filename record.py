@@ -58,7 +58,8 @@ class Record:
     def announce(self, division: Division, loaders: list) -> None:
         """Before the first step: what the run is, in one line. Nothing is written yet."""
         self.labelled, self.loaders = division.labelled, loaders
-        self.config["data"] = fingerprint(self.source, division)
+        if not self.args.resume:
+            self.config["data"] = fingerprint(self.source, division)
         line = start_line(
             self.args, self.accelerator, self.folder, self.source, self.config, division, loaders
         )
@@ -188,8 +189,9 @@ class Record:
             entry |= {f"{name} {key}": results[key] for key in ("miou", "boundary_iou", "accuracy")}
             if "miou" not in entry:
                 entry |= {**results, "confusion": confusion.tolist()}
-        self.history.append(entry)
         better = self.best is None or entry["miou"] > self.best["miou"]
+        entry["kept"] = better
+        self.history.append(entry)
         if better:
             self.best = entry
         if self.main:

@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
@@ -262,8 +266,11 @@ def describe_rates(args: argparse.Namespace, processes: int) -> str:
 
 
 def resume_command(args: argparse.Namespace, folder: Path) -> str:
-    launcher = "python"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        launcher = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', 1)}"
-    on_cpu = "ACCELERATE_USE_CPU=1 " if os.environ.get("ACCELERATE_USE_CPU") else ""
-    return f"{on_cpu}{launcher} {args.script} --out-dir {shlex.quote(str(folder))} --resume"
+    """How to go on with the run, on as many processes of the same kind."""
+    options = f"--out-dir {shlex.quote(str(folder))} --resume"
+    processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if processes > here:
+        return f"the command of every machine, with {options}"
+    launcher = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+    on_cpu = "ACCELERATE_USE_CPU=1 " if parse_flag_from_env("ACCELERATE_USE_CPU") else ""
+    return f"{on_cpu}{launcher} {args.script} {options}"

@@ -113,9 +113,9 @@ def contrast(logits, rep, full_l, label_l, label_u, confidence, partial, args):
     `partial`: the labels are sparse. Returns the loss and the stats of `reco_loss`."""
     with torch.no_grad():
         size = rep.shape[-2:]
-        known = torch.cat([label_l, torch.where(confidence == 1, label_u, IGNORE)])
         valid_l = label_l != IGNORE
         if partial:  # beside the known pixels, those of which the student itself is sure
+            known = torch.cat([label_l, torch.where(confidence == 1, label_u, IGNORE)])
             sure, own = full_l.softmax(dim=1).max(dim=1)
             label_l = torch.where(valid_l, label_l, own)
             valid_l = valid_l | (sure >= 0.97)
@@ -253,6 +253,7 @@ def main() -> None:
         run.check_resumed(accelerator, folder, source, division)
     if state:
         checkpoint.restore(state, record, **parts)
+    state = None  # as large as the networks and the optimiser
 
     # batches of the steps that remain
     loaders = training_loaders(args, source, division, accelerator, record.step)

@@ -143,6 +143,7 @@ def main() -> None:
         run.check_resumed(accelerator, folder, source, division)
     if state:
         checkpoint.restore(state, record, **parts)
+    state = None  # as large as the networks and the optimiser
 
     # batches of the steps that remain
     loaders = training_loaders(args, source, division, accelerator, record.step)

@@ -429,9 +429,15 @@ def test_what_a_run_has_lost_is_told_and_nothing_is_spoiled(tmp_path):
     trees.save(mask, 2 - painted, compress_level=0)
     assert mask.stat().st_size == len(old) and "other labels would change" in refused()
     mask.write_bytes(old)
-    weights.unlink()  # they are made again
+    weights.unlink()  # they are made again, though others had been better
+    content = checkpoint.read_torch(state)
+    content["history"][0]["miou"] = content["best"]["miou"] = 0.99
+    torch.save(content, state)
     done = resumed()
     assert done.returncode == 0 and "best validation" in done.stdout and weights.exists()
+    history = checkpoint.read_history(run)
+    assert [entry["step"] for entry in history] == [2, 4, 4] and history[0]["miou"] == 0.99
+    assert checkpoint.best_miou(run) == history[2]["miou"] < 0.99
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,29 @@ def options(**changed):
     args = train_supervised.parse_options([])
     vars(args).update(changed)
     return args
+
+
+@pytest.mark.parametrize(
+    ("environment", "command"),
+    [
+        # what `accelerate launch` sets where nobody asked for a CPU
+        ({"ACCELERATE_USE_CPU": "False", "WORLD_SIZE": "1"}, "python x.py --out-dir r --resume"),
+        (
+            {"ACCELERATE_USE_CPU": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 x.py --out-dir r --resume",
+        ),
+        (
+            {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"},
+            "the command of every machine, with --out-dir r --resume",
+        ),
+    ],
+)
+def test_how_to_go_on_with_a_run(environment, command, monkeypatch):
+    for name in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run.resume_command(SimpleNamespace(script="x.py"), Path("r")) == command
 
 
 def test_heads_and_backbone_have_their_rates():
