@@ -32,6 +32,22 @@ def script(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """What is remembered of labels, elsewhere than in the user's home."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def without_colour(monkeypatch):
+    """Augmentation mirrors and does nothing else."""
+    import transforms
+
+    monkeypatch.setattr(transforms, "COLOUR_CHANGES", (lambda image, amount: image,) * 4)
+    monkeypatch.setattr(transforms.tv, "gaussian_blur", lambda image, kernel, sigma: image)
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     import torch  # once the threads are set above

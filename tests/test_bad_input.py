@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import trees
 from cli import SMALL, run_many
+from trees import cut
 
 TRAIN = ["train_supervised.py", "train_semi.py"]
 
@@ -24,10 +25,6 @@ TRAIN = ["train_supervised.py", "train_semi.py"]
 class Evil:
     def __reduce__(self):
         return os.system, ("touch /tmp/reco-test-owned",)
-
-
-def damage(path: Path, keep: float = 0.6) -> None:
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
 
 
 def paint(path: Path, values) -> None:
@@ -230,15 +227,11 @@ def cases(tmp: Path) -> dict[str, tuple[list, str]]:
         "255",
         classes=2,
     )
-    folder_case(
-        "truncated label", lambda p: damage(p / "labels/train/train_000.png"), "train_000.png"
-    )
-    folder_case(
-        "truncated image", lambda p: damage(p / "images/train/train_001.png"), "train_001.png"
-    )
+    folder_case("truncated label", lambda p: cut(p / "labels/train/train_000.png"), "train_000.png")
+    folder_case("truncated image", lambda p: cut(p / "images/train/train_001.png"), "train_001.png")
     folder_case(
         "truncated unlabelled image",
-        lambda p: damage(p / "images/train/train_004.png"),
+        lambda p: cut(p / "images/train/train_004.png"),
         "train_004.png",
     )
     folder_case(
@@ -289,7 +282,7 @@ def cases(tmp: Path) -> dict[str, tuple[list, str]]:
             "cityscapes",
             broken(
                 "cityscapes",
-                lambda p: [damage(f) for f in (p / "leftImg8bit/train").rglob("*.png")],
+                lambda p: [cut(f) for f in (p / "leftImg8bit/train").rglob("*.png")],
             ),
         ),
         "leftImg8bit.png",
@@ -340,7 +333,7 @@ def cases(tmp: Path) -> dict[str, tuple[list, str]]:
     ):
         run_case(
             f"{script} truncated weights",
-            lambda r: damage(r / "model.safetensors"),
+            lambda r: cut(r / "model.safetensors"),
             [script, *words],
             "model.safetensors",
         )
@@ -356,7 +349,7 @@ def cases(tmp: Path) -> dict[str, tuple[list, str]]:
         run_case(f"{script} other network", other_network, [script, *words], "model.safetensors")
         run_case(
             f"{script} damaged config",
-            lambda r: damage(r / "config.json"),
+            lambda r: cut(r / "config.json"),
             [script, *words],
             "config.json",
         )
@@ -419,7 +412,7 @@ def cases(tmp: Path) -> dict[str, tuple[list, str]]:
         (run / "checkpoint" / "state.pt").write_bytes(evil_checkpoint())
 
     for name, change in (
-        ("truncated", lambda r: damage(r / "checkpoint" / "state.pt")),
+        ("truncated", lambda r: cut(r / "checkpoint" / "state.pt")),
         ("pickled", evil_state),
     ):
         run_case(

@@ -25,12 +25,6 @@ def load(kind: str, path, **options) -> data.Source:
     return data.load_source(kind, str(path), **options)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def opened(monkeypatch):
     """The names of the files that are decoded."""

@@ -18,11 +18,6 @@ from mixing import IGNORE
 from trees import CITYSCAPES_TRAIN_IDS, cut, garble, raw, save
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def load(kind: str, path, **options) -> data.Source:
     return data.load_source(kind, str(path), **options)
 

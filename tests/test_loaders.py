@@ -184,8 +184,10 @@ def test_killed_and_silent_loaders_are_one_line_and_the_run_goes_on(folder, tmp_
     with Run(*words, "--resume", RECO_TIMEOUT="8") as run:
         run.until(lambda: (out_dir / "checkpoint" / "state.pt").stat().st_mtime_ns > written)
         for path in pictures:  # from now on whoever opens them waits
-            path.rename(path.with_suffix(".kept"))
-            os.mkfifo(path)
+            os.link(path, path.with_suffix(".kept"))
+            fifo = path.with_suffix(".fifo")
+            os.mkfifo(fifo)
+            fifo.replace(path)  # at once: without the file the error would be another
         status, lines = run.ends()
         assert status == 2 and len(lines) == 1, lines
         assert "nothing was read for 8 s (unlabelled loader, step " in lines[0]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -93,10 +94,13 @@ def test_a_run_outlives_its_shell_but_not_its_group(data, tmp_path):
 def test_a_rank_that_stands_still_ends_the_run(data, tmp_path):
     """Two ranks without a launcher, as a batch system starts them: nobody else ends them."""
     words = small("train_supervised.py", data, tmp_path / "run")
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = str(place.getsockname()[1])
 
     def rank(number: int) -> Run:
         place = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
-        address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29512", RECO_TIMEOUT="8")
+        address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RECO_TIMEOUT="8")
         return Run(*words, **address, **{key: str(value) for key, value in place.items()})
 
     with rank(0) as first, rank(1) as second:
@@ -112,6 +116,17 @@ def test_a_rank_that_stands_still_ends_the_run(data, tmp_path):
         ended, late = "another process of the run has ended", "did not answer in time"
         assert ended in lines[0] or late in lines[0]
         second.until(lambda: not first.alive() + second.alive(), seconds=20)
+
+
+def test_a_second_ctrl_c_stops_at_once(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    stop = processes.Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stop.ask(number, None)
+    assert stop.signal == signal.SIGINT  # the first one counts
+    with pytest.raises(SystemExit) as end:
+        processes.launch(lambda: stop.ask(signal.SIGINT, None))
+    assert end.value.code == 130
 
 
 def test_errors_in_collectives_are_told_apart(monkeypatch):

@@ -291,6 +291,21 @@ def test_memory_formats_agree():
         torch.testing.assert_close(grad, results[0][1])
 
 
+def test_blocks_of_classes_and_of_channels_change_nothing():
+    """Channels of zeros leave every cosine as it is; with them the classes are worked off one by
+    one and the gradient in two pieces, as is done with the default options and 19 classes."""
+    rep, *others = small()
+    wide = torch.cat([torch.zeros(2, 120, 6, 5), rep], dim=1)
+    results = []
+    for r in (rep, wide):  # 2**21 // (2**14 * 8): one block of 4 classes; 2**21 // (2**14 * 128): 4
+        torch.manual_seed(0)
+        results.append(loss_and_grad(r, *others, num_queries=8, num_negatives=2**14))
+    (loss, grad), (wide_loss, wide_grad) = results
+    torch.testing.assert_close(wide_loss, loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(wide_grad[:, 120:], grad, rtol=1e-3, atol=1e-6)
+    assert not wide_grad[:, :120].any()
+
+
 @pytest.mark.parametrize("sampling", ["stratified", "independent"])
 def test_no_shape_depends_on_data(sampling):
     # Tensors without values: whatever would read one (.item(), nonzero, a boolean mask, an if)

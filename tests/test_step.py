@@ -23,6 +23,7 @@ import train_supervised
 import transforms
 import trees
 from cli import SMALL
+from errors import UserError
 from mixing import IGNORE
 from models import DeepLabV3Plus
 from reco import reco_loss
@@ -42,7 +43,7 @@ class Step:
             torch.randint(0, 256, (n, 3, s, s), dtype=torch.uint8) for n, s in ((2, 16), (3, side))
         )
         self.images = labelled, unlabelled
-        label = torch.randint(0, 3, (2, 16, 16), dtype=torch.uint8)
+        label = labelled.argmax(1).byte()  # as the teacher's: the class is the strongest channel
         nothing = torch.full((3, side, side), IGNORE, dtype=torch.uint8)
         known = nothing if known is None else known
 
@@ -100,6 +101,12 @@ def test_the_order_of_a_step():
     assert Step("--reco").events == before + after
 
 
+@pytest.mark.parametrize("words", [[], ["--reco"], ["--reco", "--weak-threshold", "1"]])
+def test_every_output_of_the_student_has_a_gradient(words):
+    """Distributed training waits for that of every parameter."""
+    assert all(tensor.grad is not None for out in Step(*words).out for tensor in out)
+
+
 @pytest.mark.parametrize("weight", ["0", "0.25"])
 def test_the_loss_is_the_sum_of_its_parts(weight):
     step = Step(
@@ -143,12 +150,6 @@ def test_a_threshold_itself_is_sure_enough():
         assert stats["num_hard"].tolist() == [0, 0]
 
 
-@pytest.fixture
-def without_colour(monkeypatch):
-    monkeypatch.setattr(transforms, "COLOUR_CHANGES", (lambda image, amount: image,) * 4)
-    monkeypatch.setattr(transforms.tv, "gaussian_blur", lambda image, kernel, sigma: image)
-
-
 @pytest.mark.usefixtures("without_colour")
 @pytest.mark.parametrize("strategy", ["none", "cutmix", "cutout", "classmix"])
 def test_what_the_student_sees(strategy):
@@ -160,9 +161,9 @@ def test_what_the_student_sees(strategy):
         given = transforms.to_float(torch.cat(step.images), "cpu")
         assert torch.equal(step.taught, given[2:])
         seen, label = torch.cat(step.seen), step.shown["label"]
-        pixels, known = seen[2:], label[2:] != IGNORE
-        one = (pixels == pixels.amax(1, keepdim=True)).sum(1) == 1  # its strongest channel is clear
-        assert torch.equal(pixels.argmax(1)[known & one], label[2:][known & one])
+        known = label != IGNORE
+        one = (seen == seen.amax(1, keepdim=True)).sum(1) == 1  # its strongest channel is clear
+        assert torch.equal(seen.argmax(1)[known & one], label[known & one])
         views = torch.stack([given, given.flip(-1)], 1)[None]  # [1, 5, 2, 3, H, W]
         shares = (seen[:, None, None] == views).all(3).float().mean((-1, -2))  # [5, 5, 2]
         flips.append(shares.sum(1).argmax(-1))  # of each image that the student sees
@@ -173,6 +174,30 @@ def test_what_the_student_sees(strategy):
         assert (~known).any() == (strategy == "cutout")
     flips = torch.stack(flips).float().mean(0)
     assert (flips > 0).all() and (flips < 1).all()
+
+
+@pytest.mark.usefixtures("without_colour")
+def test_what_supervised_training_sees():
+    """Labels are mirrored with their images."""
+    args = train_supervised.parse_options([])
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        reduce=lambda count, how: count,
+        backward=lambda loss: loss.backward(),
+    )
+    _, shown = train_supervised.train_step(
+        (images, images.argmax(1).byte()),
+        lambda x: (torch.zeros(8, 3, 4, 4, requires_grad=True), None),
+        SimpleNamespace(step=lambda: None, zero_grad=lambda set_to_none: None),
+        accelerator,
+        args,
+        np.random.default_rng(1),
+    )
+    seen, label = shown["images"], shown["label"]
+    one = (seen == seen.amax(1, keepdim=True)).sum(1) == 1
+    assert torch.equal(seen.argmax(1)[one], label[one])
+    assert not torch.equal(seen, transforms.to_float(images, "cpu"))
 
 
 def test_images_are_changed_in_colour_too():
@@ -192,28 +217,33 @@ def test_unlabelled_images_are_scaled_after_the_teacher_and_lose_no_known_pixel(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_pseudo_label_has_the_confidence_of_a_known_pixel_in_half_precision(dtype):
+def test_no_pseudo_label_has_the_confidence_of_a_known_pixel(dtype):
     logits = torch.zeros(1, 3, 8, 8, dtype=dtype)
     logits[:, 2] = 100
     teacher = SimpleNamespace(label=lambda images: (logits, None))
     known = torch.full((1, 32, 32), 255)
     known[0, 5, 5] = 1
     accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
-    _, confidence = train_semi.pseudo_label(teacher, torch.zeros(1, 3, 32, 32), known, accelerator)
+    label, confidence = train_semi.pseudo_label(
+        teacher, torch.zeros(1, 3, 32, 32), known, accelerator
+    )
+    assert label[0, 5, 5] == 1 and (label == 2).sum() == 32 * 32 - 1
     assert confidence.dtype == torch.float32
     assert (confidence == 1).sum() == 1 == confidence[0, 5, 5] and confidence.min() > 0.9999
 
 
 def test_contrast_takes_pixels_of_which_the_student_is_sure():
     """Partial labels: the labelled images' unknown pixels join with the student's own class."""
-    args = train_semi.parse_options(["--reco"])
+    args = train_semi.parse_options(
+        ["--reco", "--reco-threshold", "0.5"]
+    )  # sure is 0.97 all the same
     label_l, full_l = torch.full((1, 8, 8), 255), torch.zeros(1, 3, 8, 8)
     label_l[0, 0, 0] = 0
-    full_l[0, 1, 4:] = 9  # half of the image; the class of the others is open
+    full_l[0, 1, 4:6], full_l[0, 1, 6:] = np.log(98), np.log(48)  # of probability 0.98 and 0.96
     label_u, confidence = torch.zeros(1, 8, 8, dtype=torch.int64), torch.zeros(1, 8, 8)
     logits, rep = torch.zeros(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
     parts = logits, rep, full_l, label_l, label_u, confidence
-    for partial, hard in ((True, [1, 32, 0]), (False, [1, 0, 0])):
+    for partial, hard in ((True, [1, 16, 0]), (False, [1, 0, 0])):
         _, stats = train_semi.contrast(*parts, partial, args)
         assert stats["num_hard"].tolist() == hard
 
@@ -409,8 +439,16 @@ def test_the_best_on_validation_is_kept(tmp_path, monkeypatch):
     assert told.best["step"] == 2 and [e["miou"] for e in told.history] == [0.3, 0.5, 0.5, 0.4]
 
 
-def test_the_teacher_is_what_is_kept(script, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_weights_that_are_not_finite_stop_the_run():
+    told, model = object.__new__(record.Record), torch.nn.Linear(2, 2)
+    told.step, told.first_bad = 3, record.BadStep()
+    told.check_weights(model)
+    model.bias.data[1] = float("nan")
+    with pytest.raises(UserError, match="weights were not finite after step 2"):
+        told.check_weights(model)
+
+
+def test_the_teacher_is_what_is_kept(script, tmp_path):
     words = ["--dataset", "folder", "--data-path", trees.folder(tmp_path / "data", size=(32, 40))]
     words += [*SMALL, "--batch-size", "2", "--iterations", "3", "--val-interval", "3"]
     status, _, err = script(train_semi, *words, "--log-with", "none", "--out-dir", tmp_path / "run")
@@ -425,7 +463,6 @@ def test_the_teacher_is_what_is_kept(script, tmp_path, monkeypatch):
 def test_the_warm_up(script, tmp_path, monkeypatch):
     """Supervised steps without contrast; the teacher averages, with the student's statistics."""
     tree, steps = trees.folder(tmp_path / "data", size=(32, 40)), []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     whole, supervised = train_semi.train_step, train_supervised.train_step
 
     def semi(batch_l, batch_u, student, teacher, *others):
@@ -458,7 +495,6 @@ def test_the_warm_up(script, tmp_path, monkeypatch):
 def test_seed_and_rate_of_every_step(module, script, tmp_path, monkeypatch):
     """The seed decides the labelled images and, with the step, what is drawn in it."""
     tree, drawn, rates = trees.folder(tmp_path / "data", train=6, size=(32, 40)), [], []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     seed_step, train_step = run.seed_step, module.train_step
 
     def seeded(*key):

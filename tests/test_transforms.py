@@ -253,12 +253,6 @@ def test_scale_crop_leaves_its_arguments_alone_and_follows_the_seed():
 
 
 # ---------------------------------------------------------------------- colour, blur and flip
-@pytest.fixture
-def without_colour(monkeypatch):
-    monkeypatch.setattr(transforms, "COLOUR_CHANGES", (lambda image, amount: image,) * 4)
-    monkeypatch.setattr(transforms.tv, "gaussian_blur", lambda image, kernel, sigma: image)
-
-
 @pytest.mark.usefixtures("without_colour")
 def test_the_whole_chain_stays_aligned():
     for seed, strategy in itertools.product(range(4), STRATEGIES):
