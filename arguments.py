@@ -66,8 +66,7 @@ def resumed_options(args: argparse.Namespace, given: dict) -> argparse.Namespace
     differing = [
         f"--{name.replace('_', '-')} {given[name]} (the run: {saved.get(name)})"
         for name in given
-        if name not in HARMLESS
-        and both_sides(saved.get(name), name) != both_sides(given[name], name)
+        if name not in HARMLESS and both_sides(saved.get(name)) != both_sides(given[name])
     ]
     need(
         not differing,
@@ -113,7 +112,7 @@ def fill_from_recipe(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.save_interval = args.save_interval or args.val_interval
-    args.crop_size = both_sides(args.crop_size, "crop_size")
+    args.crop_size = both_sides(args.crop_size)
 
 
 def fit_backbone(args: argparse.Namespace, recipe: dict) -> None:
@@ -216,11 +215,9 @@ def check_meaning(args: argparse.Namespace, given: dict) -> None:
     )
 
 
-def both_sides(value, name: str):
-    """A --crop-size of one side stands for height and width; every other option stays."""
-    if name == "crop_size" and isinstance(value, (list, tuple)) and len(value) == 1:
-        return list(value) * 2
-    return value
+def both_sides(value):
+    """One side, as --crop-size may have it, stands for height and width; all else stays."""
+    return list(value) * 2 if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
 
 def reco_settings(args: argparse.Namespace) -> dict:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checkpoint import read_torch, read_weights
-from errors import UserError, need
+from errors import UserError, first_line, need
 
 WORKING = (
     "resnet*, resnext*, regnet*, efficientnet*, mobilenetv3*, convnext*, vit* (DINOv2, DINOv3 too) "
@@ -72,7 +72,7 @@ def from_hub(name: str, options: dict) -> nn.Module:
         with quiet(logging.getLogger("timm")):
             return timm.create_model(name, features_only=True, pretrained=True, **options)
     except Exception as error:  # the hub's clients raise many kinds; the reason is in the line
-        reason = (str(error).strip().splitlines() or [""])[0][:120]
+        reason = first_line(error)[:120]
         raise UserError(
             f"--backbone {name}: the pretrained weights could not be loaded "
             f"({type(error).__name__}: {reason}); connect once to download them (they stay in the "

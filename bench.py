@@ -13,7 +13,6 @@ is that of the run.
 """
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -34,7 +33,7 @@ import run
 import train_semi
 import train_supervised
 from data import SOURCES, Source, load_source
-from files import write
+from files import write, write_json
 from labels import divide
 from models import MeanTeacher
 from options import new_parser, positive
@@ -172,9 +171,6 @@ def time_steps(args, accelerator, steps: int, trace: str | None) -> dict:
     student.train()
     clock, times = Clock(device), []
 
-    def random_batches() -> list:
-        return [random_batch(n, args.crop_size, classes, device) for n in batch_sizes(args)]
-
     def one_step(step: int, batches: list, mark=clock.mark) -> None:
         common = dict(rng=run.seed_step(args.seed, step, 0), mark=mark)
         if args.script == "train_semi.py":
@@ -187,7 +183,7 @@ def time_steps(args, accelerator, steps: int, trace: str | None) -> dict:
     for step in progress:
         if step == 3 and device.type == "cuda":  # before, cuDNN tries its algorithms
             torch.cuda.reset_peak_memory_stats(device)
-        batches = random_batches()
+        batches = [random_batch(n, args.crop_size, classes, device) for n in batch_sizes(args)]
         clock.restart()
         one_step(step, batches)
         times.append(dict(clock.parts))
@@ -401,7 +397,7 @@ def main() -> None:
             f"loaders of {args.num_workers} processes each: {row['images per second']:.1f} images/s"
         )
     if not own.loss_only:
-        columns = "".join(f"{part:>16s}" for part in [*PARTS])
+        columns = "".join(f"{part:>16s}" for part in PARTS)
         head = f"{'ms':24s}{columns}{'step':>10s}{'images/s':>10s}{'peak MB':>9s}{'ReCo':>7s}"
         accelerator.print(f"\n{head}{'GFLOP':>9s}{'use':>7s}")
         both = args.model == "reconet" and not args.reco
@@ -421,8 +417,7 @@ def main() -> None:
         if main_process:
             print_loss(row)
     if own.json and main_process:
-        text = json.dumps(results, indent=1)
-        write(Path(own.json), lambda file: file.write(text.encode()))
+        write_json(own.json, results)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,11 @@ def need(condition, message: str) -> None:
         raise UserError(message)
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def note(text: str) -> None:
     """One line on standard output, from the first process of a run alone."""
     if int(os.environ.get("RANK", 0)) == 0:

@@ -4,6 +4,7 @@ Everything is decoded by Pillow. torchvision's decoders are a tenth (PNG) to a s
 but a damaged PNG ends the process there.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from errors import UserError, need
+from errors import UserError, first_line, need
 from mixing import IGNORE
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".jfif")
@@ -54,7 +55,7 @@ def open_image(
         reason = "not an image that can be read" if os.path.getsize(path) else "is empty"
         raise UserError(f"{path}: {reason}") from None
     except Exception as error:  # decoders raise many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: cannot be decoded, truncated or damaged ({reason})") from None
 
 
@@ -223,9 +224,6 @@ def write_json(path: str | Path, content) -> None:
 
 
 def write_cache(path: Path, writer: Callable[[BinaryIO], object]) -> None:
-    """`atomic_write` of what only saves time: where it cannot be written the run goes on."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, writer)
-    except OSError:
-        pass  # a full disk or a missing right: the same work is done once more the next time
+    """`write` of what only saves time: where it cannot be written the work is done once more."""
+    with contextlib.suppress(UserError):
+        write(path, writer)

@@ -12,7 +12,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
-from errors import UserError
+from errors import UserError, first_line
 
 FILES = ["config.json", "model.safetensors"]
 LOCAL = {"data_path", "out_dir", "cache_dir", "init_from", "backbone_weights"}
@@ -38,10 +38,9 @@ def fetch(name: str) -> Path:
             connected = False
         path = snapshot_download(name, allow_patterns=FILES, local_files_only=not connected)
     except Exception as error:  # the hub's clients raise many kinds; the reason is in the line
-        reason = (str(error).strip().splitlines() or [""])[0][:120]
         raise UserError(
             f"{name}: no such folder, and not to be had from the hub either "
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {first_line(error)[:120]})"
         ) from None
     return Path(path)
 

@@ -107,18 +107,31 @@ def list_files(
     return files
 
 
+def all_pictures(folder: Path) -> list[Path]:
+    """The pictures in a folder and its sub-folders, also of formats that are not read; not hidden
+    ones."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES)
+        and path.is_file()
+        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
+    ]
+
+
 def labelled_samples(
     images: list[Path],
     label_of: Callable[[Path], Path],
     labels: Sequence[Path] = (),
-    name_of: Callable[[Path], str] = lambda path: path.stem,
+    suffix: str = "",
 ) -> list[Sample]:
-    """Images with their labels, each of which must exist; so must the image of each of `labels`."""
+    """Images with their labels, each of which must exist; so must the image of each of `labels`.
+    `suffix` is no part of a name."""
     samples = []
     for image in images:
         label = label_of(image)
         need(label.is_file(), f"{image}: has no label {label}")
-        samples.append(Sample(name_of(image), str(image), str(label)))
+        samples.append(Sample(image.stem.removesuffix(suffix), str(image), str(label)))
     orphan = min({str(label) for label in labels} - {s.label for s in samples}, default=None)
     need(
         orphan is None,
@@ -149,7 +162,7 @@ def list_cityscapes(path: Path) -> Splits:
             name = image.name.replace(suffix, "_gtFine_labelIds")
             return label_folder / image.parent.name / name
 
-        return labelled_samples(images, label_of, labels, lambda p: p.stem.removesuffix(suffix))
+        return labelled_samples(images, label_of, labels, suffix)
 
     return {part: split(part) for part in ("train", "val")}
 
@@ -298,13 +311,7 @@ def read_classes(path: Path) -> tuple[Path, list[str], list[Colour], list[Colour
 def note_left_out(folder: Path, images: list[Path]) -> None:
     """Tell of pictures of other formats, and of those in sub-folders, which nobody else would."""
     taken = set(images)
-    left_out = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES)
-        and path not in taken
-        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
-    ]
+    left_out = [path for path in all_pictures(folder) if path not in taken]
     if left_out:
         note(
             f"{len(left_out)} pictures are left out ({left_out[0]} ...): only "

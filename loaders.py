@@ -271,3 +271,9 @@ def evaluation_loader(
     sampler = PassSampler(len(images), batch_size, rank, world)
     pin_memory = accelerator.device.type == "cuda"
     return Loader("validation", images, sampler, num_workers, pin_memory)
+
+
+def validation_loader(args, source: Source, accelerator) -> Loader:
+    """The validation images of a run, read by two processes at most."""
+    batch_size = 50 if source.name == "street" else 4  # street scenes are small
+    return evaluation_loader(source, source.val, batch_size, min(2, args.num_workers), accelerator)

@@ -6,7 +6,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mixing import IGNORE
@@ -88,7 +87,7 @@ def boundary_region(label: Tensor, distance: int) -> Tensor:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: DataLoader,
+    loader,
     num_classes: int,
     accelerator: Accelerator,
     progress: str = "",

@@ -87,11 +87,7 @@ class DeepLabV3Plus(nn.Module):
         if self.multiple:
             # the patches of a ViT must tile the image, or the stages of a pyramid meet: stretched
             x = upsample(x, [math.ceil(n / self.multiple) * self.multiple for n in x.shape[-2:]])
-        if self.frozen:
-            with torch.no_grad():
-                features = self.backbone(x)
-        else:
-            features = self.backbone(x)
+        features = self.backbone(x)
         low, high = features[0], self.aspp(features[-1])
         if list(low.shape[-2:]) != size or torch.compiler.is_exporting():  # a graph for any size
             low = upsample(low, size)

@@ -57,7 +57,7 @@ def spread_indices(length: int, number: int) -> list[int]:
 @torch.no_grad()
 def draw_validation(network: nn.Module, images, palette, device) -> Figure:
     """Some images (the same every time) of a data set of (image uint8 [3, H, W], label uint8
-    [H, W], index), with truth, prediction and its confidence."""
+    [H, W], size [2]), with truth, prediction and its confidence."""
     network.eval()
     rows = []
     for index in spread_indices(len(images), 4):

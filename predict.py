@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import models
-from errors import UserError, need, note
+from errors import UserError, first_line, need, note
 from files import IMAGE_SUFFIXES, need_utf8, partial_of, read_image, write
-from layouts import OTHER_PICTURES, name_of
+from layouts import OTHER_PICTURES, all_pictures, name_of
 from options import add_prediction_options, new_parser, number, positive
 from processes import launch
-from published import CLASSES, load_published
+from published import DATASETS, load_published
 from transforms import upsample
 
 ENDINGS = (".png", "_overlay.png", "_confidence.png")
@@ -49,7 +49,7 @@ def parse_options() -> argparse.Namespace:
     )
     add("--out-dir", metavar="DIR", help="where the masks and overlays go")
     add("--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run")
-    add("--dataset", choices=list(CLASSES), help="what the checkpoint was trained on")
+    add("--dataset", choices=DATASETS, help="what the checkpoint was trained on")
     add(
         "--confidence",
         action="store_true",
@@ -142,14 +142,7 @@ def pictures_below(folder: Path, out_dir: Path) -> list[Path]:
         "be taken for pictures next time",
     )
     inside = root in out.parents
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES)
-        and path.is_file()
-        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
-        and not (inside and path.resolve().is_relative_to(out))
-    ]
+    files = [p for p in all_pictures(folder) if not (inside and p.resolve().is_relative_to(out))]
     others = [path for path in files if path.suffix.lower() in OTHER_PICTURES]
     files = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     suffixes = ", ".join(IMAGE_SUFFIXES)
@@ -250,7 +243,7 @@ def export_onnx(model: nn.Module, classes: list[str], path: Path) -> None:
             dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
         )
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--onnx {path}: this network cannot be exported ({reason})") from None
     graph = program.model_proto
     graph.metadata_props.add(key="classes", value=json.dumps(classes))

@@ -10,18 +10,15 @@ from errors import need
 from models import Segmenter, convert_reco_checkpoint
 from recipes import RECIPES
 
-# data set -> class names and palette
-CLASSES = {
-    name: (SOURCES[name].classes, SOURCES[name].palette) for name in ("cityscapes", "pascal", "sun")
-}
+DATASETS = ("cityscapes", "pascal", "sun")  # that there are checkpoints of
 
 
 def load_published(file: str, dataset: str | None) -> Segmenter:
     """The network of a published checkpoint in eval mode. The file does not say what it was
     trained on: `dataset` does. Raises UserError for a file that does not fit."""
     need(
-        dataset in CLASSES,
-        f"--checkpoint needs --dataset {', '.join(CLASSES)}: the file does not say what it was "
+        dataset in DATASETS,
+        f"--checkpoint needs --dataset {', '.join(DATASETS)}: the file does not say what it was "
         "trained on",
     )
     state = read_torch(Path(file))
@@ -29,11 +26,11 @@ def load_published(file: str, dataset: str | None) -> Segmenter:
         isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()),
         f"{file}: is no dictionary of tensors, as the published checkpoints are",
     )
-    classes, palette = CLASSES[dataset]
+    source = SOURCES[dataset]
     config = {
-        "model": {"num_classes": len(classes), "backbone": "resnet101", "rep_dim": 256},
-        "classes": classes,
-        "palette": palette,
+        "model": {"num_classes": len(source.classes), "backbone": "resnet101", "rep_dim": 256},
+        "classes": source.classes,
+        "palette": source.palette,
         "crop_size": RECIPES[dataset]["crop_size"] * 2,
         "arguments": {"dataset": dataset, "script": "the authors' code", "max_size": None},
     }

@@ -82,10 +82,8 @@ class Record:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log gets a line every half minute
         )
-        if args.log_with == "none":
-            return
         self.accelerator.project_configuration.logging_dir = str(self.folder)
-        if args.log_with != "tensorboard":
+        if args.log_with != "tensorboard":  # none: Accelerate has no tracker then
             self.accelerator.init_trackers("reco", config=self.plain_arguments())
             return
         options = {"tensorboard": {"purge_step": self.step + 1}}
@@ -114,8 +112,7 @@ class Record:
             sys.stdout.flush()
 
     def log(self, values: dict) -> None:
-        if self.args.log_with != "none":
-            self.accelerator.log(values, step=self.step)
+        self.accelerator.log(values, step=self.step)
 
     def is_due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.args.iterations
@@ -288,14 +285,13 @@ class Record:
                 pictures.add_embedding(self.writer, network, images, self.source, device, self.step)
             scores = {f"hparam/{key}": self.best[key] for key in ("miou", "boundary_iou")}
             self.writer.add_hparams(self.plain_arguments(), scores, run_name=".")
-        if self.best:
-            self.say(table(self.best, self.source.classes))
-            self.say(
-                f"best validation mIoU {100 * self.best['miou']:.2f} at step {self.best['step']} "
-                f"of {self.args.iterations}; weights in {self.folder / 'model.safetensors'}\n"
-                f"predict with: python predict.py {shlex.quote(str(self.folder))} "
-                "IMAGE_OR_FOLDER --out-dir predictions"
-            )
+        self.say(table(self.best, self.source.classes))
+        self.say(
+            f"best validation mIoU {100 * self.best['miou']:.2f} at step {self.best['step']} of "
+            f"{self.args.iterations}; weights in {self.folder / 'model.safetensors'}\n"
+            f"predict with: python predict.py {shlex.quote(str(self.folder))} IMAGE_OR_FOLDER "
+            "--out-dir predictions"
+        )
         self.close()
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from checkpoint import load_weights, read_config, read_weights
 from data import Source
-from errors import UserError, need
+from errors import UserError, first_line, need
 from labels import Division, fingerprint
 from models import DeepLabV3Plus
 from processes import COLLECTIVE_LIMIT, cores, start_server
@@ -114,7 +114,7 @@ def check_crop(model: DeepLabV3Plus, args: argparse.Namespace) -> None:
             model.eval()(torch.zeros(1, 3, *args.crop_size))
     except Exception as error:  # whatever the backbone's code raises
         sides = " ".join(map(str, args.crop_size))
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"--crop-size {sides} does not suit --backbone {args.backbone} ({reason}); take a "
             "larger crop, or another backbone"
@@ -177,11 +177,6 @@ def set_learning_rate(optimizer, args, accelerator: Accelerator, step: int) -> f
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)  # older checkpoints have none
     return rate
-
-
-def validation_batch(source: Source) -> int:
-    """Images at once in a validation: street scenes are small."""
-    return 50 if source.name == "street" else 4
 
 
 def seed_step(seed: int, step: int, rank: int) -> np.random.Generator:

@@ -551,18 +551,10 @@ def draw_truck(v, x, z, view):
 # The scene.
 
 
-def populate(v):
-    """Decides who stands where. Paints houses, then all shadows, then everyone far to near."""
-    w, chance, cast = v.half_road, v.rng.random, []
-
-    def place(paint, x, z, half, length, *args):
-        """Adds an actor, unless its place (2 * half wide, length deep) is taken."""
-        for oz, ox, other, depth, _, _ in cast:
-            if abs(x - ox) <= half + other and z <= oz + depth and oz <= z + length:
-                return
-        cast.append((z, x, half, length, paint, args))
-
-    for side in (-1, 1):  # houses; trees or hedges in the gaps between them
+def draw_houses(v):
+    """Two rows of houses; trees or hedges in the gaps between them."""
+    w, chance = v.half_road, v.rng.random
+    for side in (-1, 1):
         x, z = w + between(v, 3.4, 7.0), between(v, 3, 7)
         built, row = pick(v, (0.3, 0.65, 0.95)), []
         while z < 75:
@@ -576,6 +568,19 @@ def populate(v):
                     at, far = side * (x + between(v, 1, 4)), z + length * chance()
                     draw_tree(v, at, far, between(v, 1.5, 6.0))
 
+
+def populate(v):
+    """Decides who stands where. Paints houses, then all shadows, then everyone far to near."""
+    w, chance, cast = v.half_road, v.rng.random, []
+
+    def place(paint, x, z, half, length, *args):
+        """Adds an actor, unless its place (2 * half wide, length deep) is taken."""
+        for oz, ox, other, depth, _, _ in cast:
+            if abs(x - ox) <= half + other and z <= oz + depth and oz <= z + length:
+                return
+        cast.append((z, x, half, length, paint, args))
+
+    draw_houses(v)
     trucks = 1 if chance() < 0.36 else 0
     for lane in (-1, 1):  # traffic keeps to the right, or where v.drives is -1 to the left
         view, parked = "behind" if lane == v.drives else "oncoming", chance() < 0.22 and w > 3.3

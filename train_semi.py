@@ -22,7 +22,7 @@ import train_supervised
 from arguments import parse, reco_settings
 from data import load_source
 from labels import divide
-from loaders import Loader, evaluation_loader, training_loader
+from loaders import Loader, training_loader, validation_loader
 from mixing import IGNORE, STRATEGIES, mix
 from models import MeanTeacher
 from options import natural, positive, share, training_parser
@@ -140,11 +140,8 @@ def train_step(
     pictures, none of which the host has waited for. `student` is the network as Accelerate wraps
     it; `mark` is told when a part of the step is done (bench.py times them)."""
     device = accelerator.device
-    images_l, label_l = (
-        to_float(batch_l[0], device),
-        batch_l[1].to(device, non_blocking=True).long(),
-    )
-    images_u, known = to_float(batch_u[0], device), batch_u[1].to(device, non_blocking=True).long()
+    images_l, images_u = to_float(batch_l[0], device), to_float(batch_u[0], device)
+    label_l, known = (batch[1].to(device, non_blocking=True).long() for batch in (batch_l, batch_u))
     mark("data")
 
     # the teacher labels the weakly cropped images; then the student's view of them is made:
@@ -206,26 +203,14 @@ def train_step(
 
 def training_loaders(args, source, division, accelerator, start: int) -> list[Loader]:
     """The labelled and the unlabelled batches of the steps from `start` on."""
-    common = dict(args=args, accelerator=accelerator, start=start)
-    labelled = training_loader(
-        "labelled",
-        source,
-        division.labelled,
-        batch_size=labelled_batch(args),
-        stream=0,
-        scale=args.scale,
-        **common,
-    )
-    unlabelled = training_loader(
-        "unlabelled",
-        source,
-        division.unlabelled,
-        batch_size=args.batch_size,
-        stream=1,
-        scale=(1.0, 1.0),  # they are scaled after the teacher saw them
-        **common,
-    )
-    return [labelled, unlabelled]
+    common = args, accelerator, start
+    labelled = dict(batch_size=labelled_batch(args), stream=0, scale=args.scale)
+    # scaled only after the teacher saw them
+    unlabelled = dict(batch_size=args.batch_size, stream=1, scale=(1.0, 1.0))
+    return [
+        training_loader("labelled", source, division.labelled, *common, **labelled),
+        training_loader("unlabelled", source, division.unlabelled, *common, **unlabelled),
+    ]
 
 
 def main() -> None:
@@ -257,9 +242,7 @@ def main() -> None:
 
     # batches of the steps that remain
     loaders = training_loaders(args, source, division, accelerator, record.step)
-    val_loader = evaluation_loader(
-        source, source.val, run.validation_batch(source), min(2, args.num_workers), accelerator
-    )
+    val_loader = validation_loader(args, source, accelerator)
     record.announce(division, loaders)
     networks = {"teacher": teacher.model, "student": model}  # the first is the one to keep
 

@@ -19,7 +19,7 @@ import run
 from arguments import parse, reco_settings
 from data import load_source
 from labels import divide
-from loaders import Loader, evaluation_loader, training_loader
+from loaders import Loader, training_loader, validation_loader
 from mixing import IGNORE
 from options import training_parser
 from processes import launch
@@ -105,18 +105,10 @@ def reco_pictures(rep: Tensor, stats: dict) -> dict:
 
 def training_loaders(args, source, division, accelerator, start: int) -> list[Loader]:
     """The labelled batches of the steps from `start` on."""
-    loader = training_loader(
-        "labelled",
-        source,
-        division.labelled,
-        args,
-        accelerator,
-        start,
-        args.batch_size,
-        stream=0,
-        scale=args.scale,
-    )
-    return [loader]
+    options = dict(batch_size=args.batch_size, stream=0, scale=args.scale)
+    return [
+        training_loader("labelled", source, division.labelled, args, accelerator, start, **options)
+    ]
 
 
 def main() -> None:
@@ -147,9 +139,7 @@ def main() -> None:
 
     # batches of the steps that remain
     loaders = training_loaders(args, source, division, accelerator, record.step)
-    val_loader = evaluation_loader(
-        source, source.val, run.validation_batch(source), min(2, args.num_workers), accelerator
-    )
+    val_loader = validation_loader(args, source, accelerator)
     record.announce(division, loaders)
 
     val_loader.start()  # now, so that no validation starts a process

@@ -85,6 +85,22 @@ def mask_of(file: Path, kind: str, shape: dict, size: tuple[int, int], width: in
     return np.array(picture)
 
 
+def choose_classes(args: argparse.Namespace, names: set[str]) -> list[str]:
+    """The background first; then the lines of --labels, or of the classes.txt of another split (a
+    class may be missing in this one), or else the names found, sorted."""
+    first = [args.background] if args.background else []
+    written = args.out / "classes.txt"
+    file = args.labels or (written if written.exists() else None)
+    if not file:
+        return first + sorted(names)
+    lines = [line.strip() for line in read_text(file).splitlines()]
+    listed = [line for line in lines if line and line not in (IGNORED, args.background)]
+    unknown = sorted(names - set(listed))
+    if unknown:
+        refuse(f"{file}: lacks {unknown[0]}, which a shape in {args.annotated} is called")
+    return first + listed
+
+
 def main() -> None:
     args = parse_options()
     if not args.annotated.is_dir():
@@ -93,30 +109,16 @@ def main() -> None:
     if not files:
         refuse(f"{args.annotated}: holds no .json")
     annotated = {one["image"].resolve() for one in files}
-    pictures = [
+    others = [
         path
-        for path in sorted(args.annotated.iterdir())
-        if path.suffix.lower() in PICTURES and not path.name.startswith(".")
+        for path in sorted(args.annotated.iterdir() if args.split == "train" else [])
+        if path.suffix.lower() in PICTURES
+        and not path.name.startswith(".")
+        and path.resolve() not in annotated
     ]
-    others = [picture for picture in pictures if picture.resolve() not in annotated]
-    if args.split != "train":
-        others = []
     distinct_names([PurePath(path.name) for path in [*(one["image"] for one in files), *others]])
     names = {name for one in files for name, _, _ in one["shapes"]} - {IGNORED, args.background}
-    first = [args.background] if args.background else []
-    classes = first + sorted(names)
-    written = args.out / "classes.txt"
-    if not args.labels and written.exists():  # a class may be missing in this split
-        args.labels = written
-    if args.labels:
-        lines = [line.strip() for line in read_text(args.labels).splitlines()]
-        listed = [line for line in lines if line and line not in (IGNORED, args.background)]
-        unknown = sorted(names - set(listed))
-        if unknown:
-            refuse(
-                f"{args.labels}: lacks {unknown[0]}, which a shape in {args.annotated} is called"
-            )
-        classes = first + listed
+    classes = choose_classes(args, names)
     write_classes(args.out, classes)
     ids = {name: i for i, name in enumerate(classes)} | {IGNORED: NOT_LABELLED}
     shares = []  # not labelled, of each annotated picture

@@ -518,7 +518,8 @@ def test_published_checkpoint(paper_file, script, tmp_path, monkeypatch):
 
 
 def test_classes_of_published_checkpoints():
-    numbers = {name: (len(c), len(p)) for name, (c, p) in published.CLASSES.items()}
+    sources = {name: data.SOURCES[name] for name in published.DATASETS}
+    numbers = {name: (len(s.classes), len(s.palette)) for name, s in sources.items()}
     assert numbers == {"cityscapes": (19, 19), "pascal": (21, 21), "sun": (37, 37)}
 
 
