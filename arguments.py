@@ -163,12 +163,6 @@ def check_values(args: argparse.Namespace) -> None:
         labelled is None or labelled >= 2,
         f"--labeled-batch-size {labelled}: batch norm needs two images or more",
     )
-    for option in ("labeled_list", "backbone_weights"):  # they are read only after the data set
-        path = getattr(args, option)
-        need(
-            path is None or Path(path).is_file(),
-            f"--{option.replace('_', '-')} {path}: no such file",
-        )
     warmup = getattr(args, "warmup_iterations", 0)
     need(
         warmup < args.iterations,

@@ -170,7 +170,7 @@ def unused_parameters(name: str, side: int, **options) -> list[str]:
     """Parameters that lead to none of its features, as the last exchange of HRNet: distributed
     training would wait for their gradient."""
     network = without_storage(name, features_only=True, **options).eval()
-    with torch.device("meta"):
+    with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
         total = sum(x.sum() for x in network(torch.empty(1, 3, side, side)))
         names, parameters = zip(*network.named_parameters(), strict=True)
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)

@@ -26,6 +26,12 @@ from processes import COLLECTIVE_LIMIT, cores, start_server
 
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
     """Accelerate with the run's precision, tracker and time limit for collectives."""
+    for option in () if args.resume else ("labeled_list", "backbone_weights"):
+        path = getattr(args, option)  # it is read only after the data set
+        need(
+            path is None or Path(path).is_file(),
+            f"--{option.replace('_', '-')} {path}: no such file",
+        )
     if args.num_workers:
         start_server()
     # a resumed run keeps its precision (the launcher says "no" where nothing was asked for;

@@ -56,12 +56,6 @@ def test_a_backbone_that_cannot_be_dilated(capsys):
         parse("--backbone", "mambaout_femto", "--decoder-stride", "4")
 
 
-@pytest.mark.parametrize("option", ["--labeled-list", "--backbone-weights"])
-def test_a_missing_file_is_told_before_the_data_are_read(option):
-    with pytest.raises(UserError, match=f"{option} nowhere: no such file"):
-        parse("--dataset", "camvid", "--data-path", "x", option, "nowhere")
-
-
 def test_partial_labels_are_on_every_image():
     assert parse("--label-ratio", "p0", "--num-labeled", "0").num_labeled == 0
     with pytest.raises(UserError, match="exclude each other"):

@@ -64,6 +64,13 @@ def test_how_to_go_on_with_a_run(environment, command, monkeypatch):
     assert run.resume_command(SimpleNamespace(script="x.py"), Path("r")) == command
 
 
+@pytest.mark.parametrize("option", ["--labeled-list", "--backbone-weights"])
+def test_a_missing_file_is_told_before_the_data_are_read(option, script):
+    words = "--dataset", "camvid", "--data-path", "x", option, "nowhere"
+    status, _, told = script(train_semi, *words)
+    assert status == 2 and told.endswith(f"{option} nowhere: no such file\n")
+
+
 def test_heads_and_backbone_have_their_rates():
     model = network()
     optimizer = run.new_optimizer(options(optimizer="adamw", backbone_lr_scale=0.025), model)
