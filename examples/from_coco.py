@@ -57,6 +57,7 @@ def read_coco(args: argparse.Namespace) -> tuple[list[dict], dict[int, list[dict
         content = json.loads(args.annotations.read_bytes())
         pictures, entries = content["images"], content["annotations"]
         names = {one["id"]: one["name"] for one in content["categories"]}
+        order = sorted(names)
         by_image = {image["id"]: [] for image in pictures}
         twice = len(by_image) < len(pictures)
         for image in pictures:  # as Windows may write them
@@ -74,7 +75,7 @@ def read_coco(args: argparse.Namespace) -> tuple[list[dict], dict[int, list[dict
     if twice:
         refuse(f"{args.annotations}: two of its pictures have the same id")
     first = [args.background] if args.background else []
-    classes = first + [names[one] for one in sorted(names) if names[one] not in first]
+    classes = first + [names[one] for one in order if names[one] not in first]
     return pictures, by_image, classes, {one: classes.index(names[one]) for one in names}
 
 

@@ -154,6 +154,7 @@ def test_odd_coco_files(instances, photos, tmp_path):
         (lambda c: c["annotations"][0].update(segmentation=[[]]), "of a.jpg cannot be painted"),
         (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), "of a.jpg cannot be painted"),
         (lambda c: c["images"][1].update(id=1), "two of its pictures have the same id"),
+        (lambda c: c["categories"][0].update(id="3"), "is no COCO file (TypeError"),
         (lambda c: c["categories"][0].update(name="car"), "two classes are called car"),
         (lambda c: c["categories"][0].update(name="#1 car"), "'#1 car' cannot be the name"),
         (lambda c: c["categories"][0].update(name=" car"), "' car' cannot be the name"),
