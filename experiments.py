@@ -187,8 +187,10 @@ def parse_options() -> Namespace:
 def main() -> None:
     args = parse_options()
     pairs = [(name, method) for name in SETTINGS for method in SETTINGS[name].methods]
+    for text in args.only:
+        known = any(text in (name.split(",")[0], name) for name in SETTINGS)
+        need(known, f"--only {text}: fits none of {'; '.join(SETTINGS)}")
     wanted = [(n, m) for n, m in pairs if {n.split(",")[0], n} & set(args.only)]
-    need(wanted, f"--only {' '.join(args.only)}: fits none of {'; '.join(SETTINGS)}")
     wanted = [(n, m) for n, m in wanted if m in (args.methods or [m])]
     methods, only = (", ".join(words) for words in (args.methods or [], args.only))
     need(wanted, f"--methods {methods}: none of them is run in {only}")

@@ -1,10 +1,10 @@
 """DeepLabV3+ with the representation head of ReCo, the mean teacher, and a trained network to use.
 
-model = DeepLabV3Plus(num_classes=19)       # ResNet-101, ImageNet weights: the paper's network
-logits, rep = model(images)                 # [B, 19, H/4, W/4], [B, 256, H/4, W/4]
+model = DeepLabV3Plus(19, "resnet101.tv_in1k")   # ImageNet weights: the paper's network
+logits, rep = model(images)                      # [B, 19, H/4, W/4], [B, 256, H/4, W/4]
 
-model = load("runs/NAME")                   # a trained run
-mask = model.predict("photo.jpg")           # uint8 [H, W]
+model = load("runs/NAME")                        # a trained run
+mask = model.predict("photo.jpg")                # uint8 [H, W]
 """
 
 import copy

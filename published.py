@@ -10,7 +10,8 @@ from errors import need
 from models import Segmenter, convert_reco_checkpoint
 from recipes import RECIPES
 
-DATASETS = ("cityscapes", "pascal", "sun")  # that there are checkpoints of
+# that the authors' code trains on (they offer files of the first two)
+DATASETS = ("cityscapes", "pascal", "sun")
 
 
 def load_published(file: str, dataset: str | None) -> Segmenter:

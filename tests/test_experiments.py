@@ -181,7 +181,7 @@ def test_what_fails_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["experiments.py", "--results", str(tmp_path)])
     with pytest.raises(UserError, match=r"train_supervised.py.*failed.*no_such_network"):
         experiments.main()
-    monkeypatch.setattr("sys.argv", ["experiments.py", "--only", "p7"])
+    monkeypatch.setattr("sys.argv", ["experiments.py", "--only", NAME, "p7"])
     with pytest.raises(UserError, match="p7: fits none of"):
         experiments.main()
     monkeypatch.setattr("sys.argv", ["experiments.py", "--only", NAME, "--methods", "CutMix"])
