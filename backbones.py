@@ -37,15 +37,26 @@ REFUSALS = (
 
 
 def build_backbone(
-    name: str, pretrained: bool, output_stride: int, decoder_stride: int, weights: str | None = None
+    name: str,
+    pretrained: bool,
+    output_stride: int | None,
+    decoder_stride: int,
+    weights: str | None = None,
 ) -> tuple[nn.Module, int, int, int]:
     """A timm feature extractor that returns [low-level, deepest] features, their widths, and what
     the sides of its input must be multiples of (0: any size will do; a ViT's patch).
 
-    pretrained  load timm's weights from the hub, or those of the file `weights`
+    pretrained     load timm's weights from the hub, or those of the file `weights`
+    output_stride  None: 16, or 32 for a backbone that cannot be dilated
     Raises UserError for a backbone that cannot work or weights that cannot be had."""
     check_name(name)
-    options, low, high, patch = probe_features(name, output_stride, decoder_stride)
+    try:
+        found = probe_features(name, output_stride or 16, decoder_stride)
+    except UserError:
+        if output_stride:
+            raise
+        found = probe_features(name, 32, decoder_stride)
+    options, low, high, patch = found
     multiple = patch or needed_multiple(name, options.get("output_stride"))
     if weights and pretrained:
         state, origin = read_weight_file(Path(weights)), f"--backbone-weights {weights}"

@@ -13,7 +13,7 @@ def mix(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mix each image with the next of the batch (the last with the first), one mask for all three.
 
-    images [B, 3, H, W]; labels [B, H, W] of an integer type, 255 = ignored; confidence
+    images [B, 3, H, W] float; labels [B, H, W] of an integer type, 255 = ignored; confidence
     [B, H, W] float in [0, 1].
     cutout    a random rectangle of half the area goes: `fill` in the image, ignored, confidence 0
     cutmix    that rectangle comes from the next image

@@ -35,11 +35,12 @@ class DeepLabV3Plus(nn.Module):
     num_classes      channels of the logits
     backbone         any timm name that yields a feature pyramid (resnet, regnet, efficientnet,
                      mobilenet, convnext ...) or a ViT of one stride (vit, deit, DINOv2, DINOv3);
-                     those without an output stride, such as densenet, take 32
+                     not Swin and its like, whose features have their channels last
     rep_dim          channels of the representation; None builds no representation head
     pretrained       load timm's weights (UserError where they cannot be had)
     mean, std        per channel, of the images in 0 .. 1; None: those the backbone was trained with
-    output_stride    of the deepest feature map (16 in the paper); ViTs keep their patch size
+    output_stride    of the deepest feature map; None: 16, as in the paper, or 32 for a backbone
+                     that cannot be dilated, such as densenet. ViTs keep their patch size
     decoder_stride   of the low-level features and so of both outputs (4 in the paper; 2 suits
                      images of 64 pixels)
     channels         width of the ASPP and of both heads
@@ -56,7 +57,7 @@ class DeepLabV3Plus(nn.Module):
         pretrained: bool = True,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
-        output_stride: int = 16,
+        output_stride: int | None = None,
         decoder_stride: int = 4,
         channels: int = 256,
         low_channels: int = 48,

@@ -21,7 +21,7 @@ from files import write_json
 from labels import Division, fingerprint
 from metrics import evaluate, table
 from processes import COLLECTIVE_LIMIT, Stop, speak_for_itself
-from run import resume_command, start_line
+from run import base_learning_rate, resume_command, start_line
 
 
 class Record:
@@ -97,6 +97,7 @@ class Record:
         self.config["arguments"] = {
             **vars(self.args),
             "processes": self.accelerator.num_processes,
+            "base_lr": base_learning_rate(self.args, self.accelerator.num_processes),
             "mixed_precision": self.accelerator.mixed_precision,
         }
         write_json(self.folder / "config.json", self.config)

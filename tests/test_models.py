@@ -139,14 +139,7 @@ def test_dino(backbone):
 
 @pytest.mark.parametrize(
     "backbone",
-    [
-        "swin_tiny_patch4_window7_224",
-        "hrnet_w18_small",
-        "densenet121",
-        "vgg11",
-        "resnot50",
-        "resnet101.nonsense",
-    ],
+    ["swin_tiny_patch4_window7_224", "coatnet_0_224", "resnot50", "resnet101.nonsense"],
 )
 def test_backbones_that_cannot_work_are_refused_in_one_line(backbone):
     with pytest.raises(UserError) as error:
@@ -155,14 +148,16 @@ def test_backbones_that_cannot_work_are_refused_in_one_line(backbone):
     assert "resnet" in str(error.value)
 
 
-@pytest.mark.parametrize("backbone", ["densenet121", "hrnet_w18_small", "dla34"])
+@pytest.mark.parametrize("backbone", ["densenet121", "vgg11", "hrnet_w18_small", "dla34"])
 def test_backbones_without_an_output_stride_take_32(backbone):
     """The last two put their stages together, which only fit where 32 divides the sides. A part of
     HRNet leads to no feature; distributed training would wait for its gradient."""
     shape = dict(rep_dim=8, pretrained=False, channels=8, low_channels=8)
-    model = DeepLabV3Plus(4, backbone, output_stride=32, **shape).eval()
+    model = DeepLabV3Plus(4, backbone, **shape).eval()
     logits, rep = model(torch.rand(1, 3, 65, 97))
     assert logits.shape == (1, 4, 17, 25) and rep.shape == (1, 8, 17, 25)
+    with pytest.raises(UserError, match="at output stride 16"):
+        DeepLabV3Plus(4, backbone, output_stride=16, **shape)
     (logits.sum() + rep.sum()).backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)

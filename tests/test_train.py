@@ -320,7 +320,9 @@ def test_two_processes(module, tmp_path):
     assert (
         "cpu x 2" in out and "global batch 4" in out and out.count("best validation mIoU") == 1
     )  # the other process is quiet
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["arguments"]["processes"] == 2
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())["arguments"]
+    assert saved["processes"] == 2 and saved["recipe_batch"] != 4
+    assert saved["base_lr"] == saved["lr"] * 4 / saved["recipe_batch"]  # by the global batch
     confusion = torch.tensor(
         json.loads((tmp_path / "run" / "history.json").read_text())[-1]["confusion"]
     )
