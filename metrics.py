@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from devices import counting_device, to_device
 from mixing import IGNORE
 from prediction import predict_probabilities
 from transforms import to_float
@@ -99,7 +100,8 @@ def evaluate(
     numbers of batches."""
     training = model.training
     model.eval()
-    metrics = Metrics(num_classes, accelerator.device)
+    device = counting_device(accelerator.device)
+    metrics = Metrics(num_classes, device)
     # None: shown on a terminal alone
     silent = None if progress and accelerator.is_main_process else True
     bar = tqdm(loader, desc=progress, unit="batch", leave=False, disable=silent)
@@ -107,8 +109,7 @@ def evaluate(
         with accelerator.autocast():
             images = to_float(images, accelerator.device)
             prob = predict_probabilities(model, images, **prediction)
-        predicted = prob.argmax(dim=1)
-        label = label.to(accelerator.device, non_blocking=True)
+        predicted, label = prob.argmax(dim=1).to(device), to_device(label, device)
         for height, width in sizes.unique(dim=0).tolist():  # a boundary's width is the image's own
             same = (sizes == torch.tensor([height, width])).all(dim=1).nonzero()[:, 0].tolist()
             metrics.update(predicted[same, :height, :width], label[same, :height, :width])

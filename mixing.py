@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from devices import to_device
+
 IGNORE = 255
 STRATEGIES = ("cutout", "cutmix", "classmix", "none")
 
@@ -54,7 +56,7 @@ def rectangle_mask(batch: int, height: int, width: int, device="cpu") -> Tensor:
     w = w.long().clamp(max=width)
     h = (height * width / 2 / w).round().long()  # ... so less than the height
     x, y = (u[:, 1] * (width - w + 1)).long(), (u[:, 2] * (height - h + 1)).long()
-    edges = torch.stack([x, x + w, y, y + h]).to(device, non_blocking=True)
+    edges = to_device(torch.stack([x, x + w, y, y + h]), device)
     left, right, top, bottom = edges[..., None]  # [B, 1] each
     columns, rows = torch.arange(width, device=device), torch.arange(height, device=device)
     inside_rows = (rows >= top) & (rows < bottom)

@@ -18,7 +18,8 @@ from torch import nn
 
 from checkpoint import load_weights, read_config, read_weights
 from data import Source
-from errors import UserError, first_line, need
+from devices import memory_format
+from errors import UserError, first_line, need, note
 from labels import Division, fingerprint
 from models import DeepLabV3Plus
 from processes import COLLECTIVE_LIMIT, cores, start_server
@@ -63,6 +64,11 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if device == "cpu" and processes == 1 and launched and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(cores())
+    if device == "mps":
+        note(
+            "on Apple's GPU this was not tested; should it fail, or learn nothing, "
+            "ACCELERATE_USE_CPU=1 trains on the CPU"
+        )
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -110,7 +116,8 @@ def new_model(
         model = convert_sync_batchnorm(model)
     if args.backbone_lr_scale == 0:
         model.freeze_backbone()
-    return model.to(accelerator.device, memory_format=torch.channels_last), config
+    device = accelerator.device
+    return model.to(device, memory_format=memory_format(device)), config
 
 
 def check_crop(model: DeepLabV3Plus, args: argparse.Namespace) -> None:

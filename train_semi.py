@@ -21,6 +21,7 @@ import run
 import train_supervised
 from arguments import parse, reco_settings
 from data import load_source
+from devices import to_device
 from labels import divide
 from loaders import Loader, training_loader, validation_loader
 from mixing import IGNORE, STRATEGIES, mix
@@ -141,7 +142,7 @@ def train_step(
     it; `mark` is told when a part of the step is done (bench.py times them)."""
     device = accelerator.device
     images_l, images_u = to_float(batch_l[0], device), to_float(batch_u[0], device)
-    label_l, known = (batch[1].to(device, non_blocking=True).long() for batch in (batch_l, batch_u))
+    label_l, known = (to_device(batch[1], device).long() for batch in (batch_l, batch_u))
     mark("data")
 
     # the teacher labels the weakly cropped images; then the student's view of them is made:

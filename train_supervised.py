@@ -18,6 +18,7 @@ import checkpoint
 import run
 from arguments import parse, reco_settings
 from data import load_source
+from devices import to_device
 from labels import divide
 from loaders import Loader, training_loader, validation_loader
 from mixing import IGNORE
@@ -56,7 +57,7 @@ def train_step(
     pictures, none of which the host has waited for. `contrast`: with ReCo, if --reco says so.
     `mark` is told when a part of the step is done (bench.py times them)."""
     device = accelerator.device
-    images, label = to_float(batch[0], device), batch[1].to(device, non_blocking=True).long()
+    images, label = to_float(batch[0], device), to_device(batch[1], device).long()
     mark("data")
     images, label, _ = augment(images, label, None, rng)
     mark("augmentation")

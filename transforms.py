@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
+from devices import largest_of_cell, to_device
 from mixing import IGNORE
 
 COLOUR_CHANGES = (
@@ -24,7 +25,7 @@ COLOUR_CHANGES = (
 # -------------------------------------------------------------------------------------- sizes
 def to_float(images: Tensor, device) -> Tensor:
     """uint8 [B, 3, H, W] on the host -> float in 0 .. 1 on the device."""
-    return images.to(device, non_blocking=True).float().div_(255)
+    return to_device(images, device).float().div_(255)
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -82,7 +83,7 @@ def keep_known(small: Tensor, known: Tensor) -> Tensor:
     Of single pixels, nearest sampling alone would lose 15 of 16 at a quarter of the size.
     """
     numbers = torch.where(known == IGNORE, -1.0, known.float())[:, None]
-    last = F.adaptive_max_pool2d(numbers, tuple(small.shape[-2:]))[:, 0]
+    last = largest_of_cell(numbers, small.shape[-2:])[:, 0]
     return torch.where((small == IGNORE) & (last >= 0), last.to(small.dtype), small)
 
 

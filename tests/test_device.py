@@ -1,4 +1,5 @@
-"""The training steps on a GPU: on one that is not there, and at the end on a real one, if any.
+"""The training steps on a GPU: on one that is not there, and at the end on a real one, if any; and
+what Apple's GPUs are spared.
 
 The first are given tensors that say "cuda" and hold no values.
 
@@ -17,11 +18,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import devices
+import run
 import train_semi
 import train_supervised
+from data import load_source
 from models import DeepLabV3Plus, MeanTeacher
 
 SIZE, CLASSES = 32, 5
@@ -163,6 +168,59 @@ def test_a_copy_that_waits_is_found(mistake):
 
 def draws():
     return np.random.default_rng(0)
+
+
+# ------------------------------------------------------------------------------------- Apple's GPUs
+class OnApple(torch.Tensor):
+    """Says that it lies on one until it is brought elsewhere."""
+
+    place = "mps"
+
+    @property
+    def device(self):
+        return torch.device(self.place)
+
+    def to(self, device, **options):
+        brought = self.clone()
+        brought.place, brought.options = torch.device(device).type, options
+        return brought
+
+
+def test_copies_to_apple_are_waited_for():
+    host = torch.arange(4).as_subclass(OnApple)
+    for device, waits in (("mps", True), ("cuda", False), ("cpu", False)):
+        sent = devices.to_device(host, device)
+        assert sent.place == device and sent.options == {"non_blocking": not waits}
+
+
+def test_cells_of_apple_are_pooled_on_the_cpu(monkeypatch):
+    x = torch.rand(2, 1, 5, 7)
+    expected = F.adaptive_max_pool2d(x, (3, 4))
+    places = []
+
+    def pooled(x, size):
+        places.append(x.device.type)
+        return expected.as_subclass(OnApple)
+
+    monkeypatch.setattr(devices.F, "adaptive_max_pool2d", pooled)
+    cells = devices.largest_of_cell(x.as_subclass(OnApple), (3, 4))
+    assert places == ["cpu"] and cells.place == "mps"
+    assert devices.counting_device(torch.device("mps")) == torch.device("cpu")
+    assert devices.counting_device(torch.device("cuda")) == torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("mps", torch.contiguous_format), ("cuda", torch.channels_last)]
+)
+def test_networks_of_apple_are_contiguous(device, expected, monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        DeepLabV3Plus, "to", lambda self, device, memory_format: sent.append(memory_format) or self
+    )
+    args = train_supervised.parse_options(SMALL)
+    alone = SimpleNamespace(device=torch.device(device), num_processes=1)
+    run.new_model(args, load_source("street", None), alone)
+    assert sent == [expected]
 
 
 # ------------------------------------------------------------------------------------ with values
