@@ -13,9 +13,10 @@ is that of the run.
 """
 
 import argparse
+import math
 import os
-import resource
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -39,6 +40,11 @@ from models import MeanTeacher
 from options import new_parser, positive
 from processes import launch
 from reco import reco_loss
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 PARTS = [
     "data",
@@ -108,10 +114,13 @@ def random_batch(
 
 def peak_memory(device: torch.device) -> float:
     """MB: what tensors took on the GPU since the last reset, or, on a CPU, the most the process
-    has taken so far."""
+    has taken so far (not a number on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if not resource:
+        return math.nan
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 2**10)  # a Mac counts bytes, Linux kB
 
 
 def matrix_rate(accelerator) -> float:

@@ -1,6 +1,7 @@
 """bench.py: the step by part, the loss alone, and what several processes exchange."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -82,3 +83,11 @@ def test_what_is_exchanged_is_counted():
     expected = 5 * 8 + 2 * 2 * 5 + 2 * 5 * 512 + 5 * 512 * 8
     assert bench.exchanged_bytes(*inputs) == 4 * expected
     assert not torch.distributed.is_initialized()
+
+
+def test_the_memory_of_a_process_by_system(monkeypatch):
+    on_linux = bench.peak_memory(torch.device("cpu"))
+    monkeypatch.setattr(bench.sys, "platform", "darwin")  # the same count, of bytes
+    assert bench.peak_memory(torch.device("cpu")) == pytest.approx(on_linux / 1024, rel=0.1)
+    monkeypatch.setattr(bench, "resource", None)  # Windows has no such module
+    assert math.isnan(bench.peak_memory(torch.device("cpu")))
