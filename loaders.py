@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from mixing import IGNORE
 from transforms import random_scale_crop, reflect_pad
 
 POLL = 5  # seconds between two looks at whether the loader processes are alive
+# what PyTorch says of it, by version
+NO_SHARED_MEMORY = re.compile(r"shared memory\(shm\)|unable to (write|mmap|resize).* file <")
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -141,8 +144,8 @@ class Loader:
 
     The processes are started once, by `start` or by the first iteration, and live as long as the
     loader. An iteration takes len(sampler) batches and leaves the iterator where it is. Raises
-    UserError, one line, when nothing comes for `processes.LIMIT` seconds, or when a loader process
-    is gone."""
+    UserError, one line, when nothing comes for `processes.LIMIT` seconds, when a loader process is
+    gone, or when they have no shared memory left for their batches."""
 
     def __init__(self, name: str, dataset: Dataset, sampler, num_workers: int, pin_memory: bool):
         self.name, self.dataset, self.sampler, self.iterator = name, dataset, sampler, None
@@ -187,6 +190,13 @@ class Loader:
                         f"a loader process was killed ({self.missing(step)}), most often by the "
                         "system for want of memory: take a smaller --num-workers (a training run "
                         "goes on with --resume)"
+                    ) from None
+                if NO_SHARED_MEMORY.search(str(error)):
+                    raise UserError(
+                        f"no shared memory is left for a batch ({self.name} loader, step {step}); "
+                        "a container has little: start it with more (docker run --shm-size=8g), or "
+                        "take a smaller --num-workers, 0 needs none (a training run goes on with "
+                        "--resume)"
                     ) from None
                 if "DataLoader timed out" not in str(error):
                     raise

@@ -166,6 +166,24 @@ def test_a_bad_file_is_named_in_one_line(folder):
         list(loader)
 
 
+class Cramped(EvaluationImages):
+    def __getitem__(self, index):
+        import resource  # of Unix alone
+
+        # bytes of a file, those of shared memory included
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        return super().__getitem__(index)
+
+
+@linux
+def test_too_little_shared_memory_is_one_line(folder):
+    source = data.load_source("folder", str(folder))
+    images = Cramped(source, source.val)
+    loader = Loader("validation", images, PassSampler(2, 1), 1, pin_memory=False)
+    with pytest.raises(UserError, match=r"no shared memory .* loader, step 0\).*--shm-size"):
+        list(loader)
+
+
 @linux
 def test_killed_and_silent_loaders_are_one_line_and_the_run_goes_on(folder, tmp_path):
     out_dir = tmp_path / "run"
