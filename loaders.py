@@ -188,8 +188,9 @@ class Loader:
                 if is_of_a_dead_process(error):
                     raise UserError(
                         f"a loader process was killed ({self.missing(step)}), most often by the "
-                        "system for want of memory: take a smaller --num-workers (a training run "
-                        "goes on with --resume)"
+                        "system for want of memory, in a container of shared memory: take a "
+                        "smaller --num-workers, or docker run --shm-size=8g (a training run goes "
+                        "on with --resume)"
                     ) from None
                 if NO_SHARED_MEMORY.search(str(error)):
                     raise UserError(
