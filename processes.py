@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -52,7 +53,7 @@ _launcher = None  # its process id, when the run shall end with it
 # ------------------------------------------------------------------------------- loader processes
 def start_server() -> None:
     """Start the process that loader processes are forked from; early, since its imports then take
-    place beside our own work. A second call does nothing.
+    place beside our own work. A second call does nothing. UserError where it cannot be started.
 
     They are not forked from the training process, because that one has threads (autograd, gloo, pin
     memory, TensorBoard): a child that is forked while another thread holds one of the interpreter's
@@ -70,6 +71,11 @@ def start_server() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         forkserver.ensure_running()
+    except OSError as error:  # a path of over 100 characters, a file system without sockets
+        raise UserError(
+            f"the temporary folder {tempfile.gettempdir()} cannot hold the sockets of the loader "
+            f"processes ({error}); set TMPDIR to another one, such as /tmp, or --num-workers 0"
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

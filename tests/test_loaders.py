@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cli
 import data
 import trees
 from errors import UserError
@@ -164,6 +167,21 @@ def test_a_bad_file_is_named_in_one_line(folder):
     victim.write_bytes(victim.read_bytes()[:60])
     with pytest.raises(UserError, match=r"val_000\.png"):
         list(loader)
+
+
+def test_a_temporary_folder_with_too_long_a_name_is_one_line(tmp_path):
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    command = "import processes; processes.launch(processes.start_server)"
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        env={**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(cli.ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert str(folder) in line and "set TMPDIR" in line
 
 
 class Cramped(EvaluationImages):
