@@ -157,8 +157,8 @@ def speak_for_itself() -> None:
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Run a script. What the user can mend, and what ends a run of several processes from outside,
-    is one line on stderr and exit status 2."""
+    """Run a script. What the user can mend, memory that is full, and what ends a run of several
+    processes from outside is one line on stderr and exit status 2."""
     end_with_launcher()
     noise = ".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier|broadcast_buffers).*"
     warnings.filterwarnings("ignore", message=noise)
@@ -173,7 +173,7 @@ def launch(main: Callable[[], None]) -> None:
             tell(last_line(error))
         status = 2
     except Exception as error:
-        if line := collective_failure(error):
+        if line := collective_failure(error) or out_of_memory(error):
             tell(line)
             status = 2
         elif several():
@@ -262,6 +262,20 @@ def collective_failure(error: Exception) -> str | None:
         time.sleep(GRACE)
         return f"another process of the run has ended, its own output says why; {go_on}"
     return None
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What to tell where the memory of a GPU, or of the machine, is full; None for any other
+    error."""
+    text = str(error)
+    if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in text:
+        return None
+    wanted = re.search(r"ried to allocate ([\d.]+ \w+)", text)
+    more = f" ({wanted[1]} more were needed)" if wanted else ""
+    return (
+        f"out of memory{more}: a smaller --batch-size or --crop-size needs less, and so does bf16 "
+        "(accelerate launch --mixed_precision bf16); in predict.py a smaller --tile"
+    )
 
 
 def cores() -> int:

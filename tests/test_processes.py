@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 import processes
 import trees
@@ -145,6 +146,25 @@ def test_errors_in_collectives_are_told_apart(monkeypatch):
     assert collective_failure(RuntimeError("shapes differ")) is None
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert collective_failure(late) is None
+
+
+def test_memory_that_is_full_is_one_line(capsys):
+    def on_a_gpu():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
+        )
+
+    for main, wanted in (
+        (on_a_gpu, "2.00 GiB"),
+        (lambda: torch.empty(10**15), "4000000000000000 bytes"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            processes.launch(main)
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"out of memory ({wanted} more were needed): a smaller --batch-size" in line
+    with pytest.raises(RuntimeError, match="must match the size"):  # any other error is shown whole
+        processes.launch(lambda: torch.empty(2) + torch.empty(3))
 
 
 # ------------------------------------------------------------------------------------ in what order
