@@ -173,6 +173,8 @@ class Loader:
                 processes.start_server()
             with without_main_script():
                 self.iterator = iter(self.loader)
+            if self.loader.num_workers:
+                processes.leave_ends_to_loaders()
 
     def __iter__(self) -> Iterator:
         self.start()  # now, so that two loaders that are zipped start together

@@ -2,8 +2,8 @@
 
 A run has one process per device (a rank) and, for each of its loaders, `--num-workers` processes
 that read images. Ranks are started by the user or by a launcher (torchrun, accelerate launch),
-loader processes by a fork server that the rank starts (see `start_server`). All of them end with
-what started them, whatever ends it.
+loader processes by a fork server that the rank starts (see `start_server`), on Windows and a Mac by
+the rank itself. All of them end with what started them, whatever ends it.
 """
 
 import atexit
@@ -36,7 +36,8 @@ LIMIT = float(os.environ.get("RECO_TIMEOUT", 600))
 COLLECTIVE_LIMIT = timedelta(seconds=1.2 * LIMIT)
 GRACE = 10  # seconds that a launcher has to end its ranks, and a rank without launcher to save
 
-START_METHOD = "forkserver" if hasattr(os, "fork") else "spawn"  # Windows has no fork
+# Windows has no fork, and after one the libraries of a Mac may end the process
+START_METHOD = "spawn" if sys.platform in ("win32", "darwin") else "forkserver"
 # All that `loaders` imports of others: what is missing here every loader process imports itself.
 PRELOADED = ["torch.utils.data", "torchvision.transforms.v2.functional", "PIL.Image", "tqdm"]
 LAUNCHERS = {"torchrun", "accelerate", "accelerate-launch"}
@@ -93,6 +94,13 @@ def _end_with_rank() -> None:
     # `join` waits for the rank, on a pipe that it alone holds: also while we are stuck in a read.
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def leave_ends_to_loaders() -> None:
+    """Where loader processes are our own children PyTorch would raise an error, wherever we are,
+    when one of them ends, also by us; `Loader.take` sees it without that."""
+    if START_METHOD == "spawn" and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def end_workers() -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import cli
 import data
+import processes
 import trees
 from errors import UserError
 from loaders import EvaluationImages, Loader, PassSampler, StepSampler, TrainingCrops
@@ -158,6 +159,19 @@ def test_loader_processes_come_from_a_server_and_stay(folder):
     # no validation starts any
     assert everyone == (set(children(os.getpid())), set(children(server)))
     assert server in everyone[0] | before
+
+
+@linux
+def test_loader_processes_that_are_our_own_as_on_a_mac(folder, monkeypatch):
+    monkeypatch.setattr(processes, "START_METHOD", "spawn")
+    loader = validation(folder, 1)
+    assert len(list(loader)) == 2
+    (worker,) = loader.iterator._workers
+    assert worker.pid in children(os.getpid())
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"a loader process was killed \(validation loader, step 0"):
+        for _ in range(3):  # what it had read before is still delivered
+            list(loader)
 
 
 # ---------------------------------------------------------------------------------- what they say
