@@ -168,6 +168,8 @@ def launch(main: Callable[[], None]) -> None:
     """Run a script. What the user can mend, memory that is full, and what ends a run of several
     processes from outside is one line on stderr and exit status 2."""
     end_with_launcher()
+    if hasattr(sys.stdout, "reconfigure"):  # a class name that a terminal or a log cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     noise = ".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier|broadcast_buffers).*"
     warnings.filterwarnings("ignore", message=noise)
     try:

@@ -167,6 +167,17 @@ def test_memory_that_is_full_is_one_line(capsys):
         processes.launch(lambda: torch.empty(2) + torch.empty(3))
 
 
+def test_a_name_that_the_output_cannot_show_ends_no_run():
+    done = subprocess.run(
+        [sys.executable, "-c", "import processes; processes.launch(lambda: print('caf\u00e9'))"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},  # as of a log on Windows
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "caf\\xe9\n"), done.stderr
+
+
 # ------------------------------------------------------------------------------------ in what order
 class Held:
     """Tells when it goes."""
