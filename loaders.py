@@ -173,8 +173,7 @@ class Loader:
                 processes.start_server()
             with without_main_script():
                 self.iterator = iter(self.loader)
-            if self.loader.num_workers:
-                processes.leave_ends_to_loaders()
+            processes.ignore_ends_of_workers()
 
     def __iter__(self) -> Iterator:
         self.start()  # now, so that two loaders that are zipped start together

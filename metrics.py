@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from devices import counting_device, to_device
+from devices import cpu_for_mps, to_device
 from mixing import IGNORE
 from prediction import predict_probabilities
 from transforms import to_float
@@ -100,7 +100,8 @@ def evaluate(
     numbers of batches."""
     training = model.training
     model.eval()
-    device = counting_device(accelerator.device)
+    # bincount takes seconds with mps, or fails (ultralytics/ultralytics 26239)
+    device = cpu_for_mps(accelerator.device)
     metrics = Metrics(num_classes, device)
     # None: shown on a terminal alone
     silent = None if progress and accelerator.is_main_process else True

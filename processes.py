@@ -96,7 +96,7 @@ def _end_with_rank() -> None:
     os._exit(1)
 
 
-def leave_ends_to_loaders() -> None:
+def ignore_ends_of_workers() -> None:
     """Where loader processes are our own children PyTorch would raise an error, wherever we are,
     when one of them ends, also by us; `Loader.take` sees it without that."""
     if START_METHOD == "spawn" and hasattr(signal, "SIGCHLD"):

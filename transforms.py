@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from devices import largest_of_cell, to_device
+from devices import cpu_for_mps, to_device
 from mixing import IGNORE
 
 COLOUR_CHANGES = (
@@ -83,7 +83,9 @@ def keep_known(small: Tensor, known: Tensor) -> Tensor:
     Of single pixels, nearest sampling alone would lose 15 of 16 at a quarter of the size.
     """
     numbers = torch.where(known == IGNORE, -1.0, known.float())[:, None]
-    last = largest_of_cell(numbers, small.shape[-2:])[:, 0]
+    # this pooling is wrong with mps where h does not divide H (pytorch/pytorch 190064)
+    pooled = F.adaptive_max_pool2d(numbers.to(cpu_for_mps(known.device)), tuple(small.shape[-2:]))
+    last = pooled[:, 0].to(known.device)
     return torch.where((small == IGNORE) & (last >= 0), last.to(small.dtype), small)
 
 

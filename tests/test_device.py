@@ -26,6 +26,7 @@ import devices
 import run
 import train_semi
 import train_supervised
+import transforms
 from data import load_source
 from models import DeepLabV3Plus, MeanTeacher
 
@@ -181,6 +182,8 @@ class OnApple(torch.Tensor):
         return torch.device(self.place)
 
     def to(self, device, **options):
+        if isinstance(device, torch.dtype):
+            return super().to(device)
         brought = self.clone()
         brought.place, brought.options = torch.device(device).type, options
         return brought
@@ -193,20 +196,20 @@ def test_copies_to_apple_are_waited_for():
         assert sent.place == device and sent.options == {"non_blocking": not waits}
 
 
-def test_cells_of_apple_are_pooled_on_the_cpu(monkeypatch):
-    x = torch.rand(2, 1, 5, 7)
-    expected = F.adaptive_max_pool2d(x, (3, 4))
-    places = []
+def test_known_pixels_of_apple_are_pooled_on_the_cpu(monkeypatch):
+    known = torch.full((1, 5, 7), 255)
+    known[0, 1, 1] = 3
+    expected = transforms.shrink_known(known, (3, 4))
+    places, pool = set(), F.adaptive_max_pool2d
 
-    def pooled(x, size):
-        places.append(x.device.type)
-        return expected.as_subclass(OnApple)
+    def pooled(x, size, **options):
+        places.add(x.device.type)
+        return pool(x, size, **options)
 
-    monkeypatch.setattr(devices.F, "adaptive_max_pool2d", pooled)
-    cells = devices.largest_of_cell(x.as_subclass(OnApple), (3, 4))
-    assert places == ["cpu"] and cells.place == "mps"
-    assert devices.counting_device(torch.device("mps")) == torch.device("cpu")
-    assert devices.counting_device(torch.device("cuda")) == torch.device("cuda")
+    monkeypatch.setattr(transforms.F, "adaptive_max_pool2d", pooled)
+    assert torch.equal(transforms.shrink_known(known.as_subclass(OnApple), (3, 4)), expected)
+    assert places == {"cpu"}
+    assert devices.cpu_for_mps(torch.device("cuda")) == torch.device("cuda")
 
 
 @pytest.mark.parametrize(
