@@ -16,8 +16,8 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checkpoint import read_torch, read_weights
-from errors import UserError, first_line, need
+from engine.checkpoint import read_torch, read_weights
+from inputs.errors import UserError, first_line, need
 
 WORKING = (
     "resnet*, resnext*, regnet*, efficientnet*, mobilenetv3*, convnext*, vit* (DINOv2, DINOv3 too) "

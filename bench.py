@@ -30,15 +30,15 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
-import run
 import train_semi
 import train_supervised
-from data import SOURCES, Source, load_source
-from files import write, write_json
-from labels import divide
+from data import DATASETS, load_source
+from engine import setup
+from engine.options import new_parser, positive
+from engine.processes import launch
+from inputs.files import write, write_json
+from inputs.source import Source
 from models import MeanTeacher
-from options import new_parser, positive
-from processes import launch
 from reco import reco_loss
 
 try:
@@ -170,18 +170,18 @@ def time_steps(args, accelerator, steps: int, trace: str | None) -> dict:
     Then one step more to count the operations of convolutions and matrix products, forward and
     backward: their share of `matrix_rate` is how well the device is used. And one for a timeline
     of every operation in the file `trace`."""
-    classes, device = len(SOURCES[args.dataset].classes) or 3, accelerator.device
+    classes, device = len(DATASETS[args.dataset].source.classes) or 3, accelerator.device
     names = [str(i) for i in range(classes)]
     source = Source(args.dataset, names, [(i, i, i) for i in range(classes)], [], [])
-    model, _ = run.new_model(args, source, accelerator)
-    optimizer = run.new_optimizer(args, model)
+    model, _ = setup.new_model(args, source, accelerator)
+    optimizer = setup.new_optimizer(args, model)
     teacher = MeanTeacher(model, compiled=args.compile)
     student, optimizer = accelerator.prepare(model, optimizer)
     student.train()
     clock, times = Clock(device), []
 
     def one_step(step: int, batches: list, mark=clock.mark) -> None:
-        common = dict(rng=run.seed_step(args.seed, step, 0), mark=mark)
+        common = dict(rng=setup.seed_step(args.seed, step, 0), mark=mark)
         if args.script == "train_semi.py":
             parts = student, teacher, optimizer, accelerator, args
             train_semi.train_step(*batches, *parts, **common)
@@ -390,7 +390,7 @@ def main() -> None:
         return args
 
     args = training_options()
-    accelerator = run.start_accelerator(args)
+    accelerator = setup.start_accelerator(args)
     device, main_process = accelerator.device, accelerator.is_main_process
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":

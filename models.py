@@ -7,6 +7,7 @@ model = load("runs/NAME")                        # a trained run
 mask = model.predict("photo.jpg")                # uint8 [H, W]
 """
 
+import argparse
 import copy
 import math
 import re
@@ -14,17 +15,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from accelerate import Accelerator
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    PyTorchModelHubMixin,
+    get_hf_file_metadata,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from PIL import Image
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from backbones import build_backbone, input_statistics, split_dilation
-from checkpoint import best_miou, load_weights, read_config, read_weights
-from errors import UserError
-from files import read_image, to_rgb, write_json
-from hub import fetch, is_hub_name, model_card, public_config
-from prediction import predict_picture, predict_strips
-from transforms import upsample
+from data import DATASETS
+from engine.checkpoint import best_miou, load_weights, read_config, read_torch, read_weights
+from engine.evaluation import predict_picture, predict_strips
+from inputs.errors import UserError, first_line, need
+from inputs.files import read_image, to_rgb, write_json
+from inputs.source import Source
+from inputs.transforms import memory_format, upsample
 
 
 class DeepLabV3Plus(nn.Module):
@@ -163,17 +175,15 @@ class MeanTeacher:
         self.decay, self.step = decay, 0
 
     @torch.no_grad()
-    def update(self, student: nn.Module) -> None:
+    def update(self, student: nn.Module, statistics: bool = False) -> None:
+        """Move towards the student. statistics: copy its batch-norm statistics as well (in a
+        warm-up the teacher sees no images)."""
         decay = min(1 - 1 / (self.step + 1), self.decay)
         torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - decay)
         self.step += 1
-
-    @torch.no_grad()
-    def copy_statistics(self, student: nn.Module) -> None:
-        """Take the student's batch-norm statistics; for the warm-up, in which the teacher sees no
-        images."""
-        for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
-            mine.copy_(theirs)
+        if statistics:
+            for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
+                mine.copy_(theirs)
 
     def state_dict(self) -> dict:
         return {"model": self.model.state_dict(), "step": self.step}
@@ -181,6 +191,88 @@ class MeanTeacher:
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.step = state["step"]
+
+
+# ----------------------------------------------------------------------------- the start of a run
+def new_model(
+    args: argparse.Namespace, source: Source, accelerator: Accelerator, fresh: bool = True
+) -> tuple[DeepLabV3Plus, dict]:
+    """The network on the device, and its entry in config.json. fresh: with its initial weights;
+    False if a checkpoint will replace them."""
+    torch.manual_seed(args.seed)
+    shape = dict(
+        num_classes=len(source.classes),
+        backbone=args.backbone,
+        rep_dim=args.rep_dim if args.model == "reconet" else None,
+        output_stride=args.output_stride,
+        decoder_stride=args.decoder_stride,
+        channels=args.channels,
+        low_channels=args.low_channels,
+        aspp_rates=args.aspp_rates,
+    )
+    pretrained = args.pretrained and fresh and not args.init_from
+    weights = args.backbone_weights if pretrained else None
+    model = DeepLabV3Plus(**shape, pretrained=pretrained, backbone_weights=weights)
+    check_crop(model, args)
+    if args.init_from and fresh:
+        init_from(model, Path(args.init_from), source.classes)
+    config = {
+        "model": {
+            **shape,
+            "mean": model.mean.flatten().tolist(),
+            "std": model.std.flatten().tolist(),
+        },
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "classes": source.classes,
+        "palette": source.palette,
+        "crop_size": args.crop_size,
+        "size": source.size,
+        "arguments": vars(args),
+    }
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        # a process holds few images: batch norm takes its statistics from those of all.
+        # timm's conversion keeps the activations of its own norm layers
+        model = convert_sync_batchnorm(model)
+    if model.representation is not None and not args.reco:
+        model.representation.requires_grad_(False)  # distributed training waits for every gradient
+    if args.backbone_lr_scale == 0:
+        model.freeze_backbone()
+    device = accelerator.device
+    return model.to(device, memory_format=memory_format(device)), config
+
+
+def check_crop(model: DeepLabV3Plus, args: argparse.Namespace) -> None:
+    """UserError where nothing is left of the training crop in the depth of the backbone."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, *args.crop_size))
+    except Exception as error:  # whatever the backbone's code raises
+        sides = " ".join(map(str, args.crop_size))
+        reason = first_line(error)
+        raise UserError(
+            f"--crop-size {sides} does not suit --backbone {args.backbone} ({reason}); take a "
+            "larger crop, or another backbone"
+        ) from error
+    model.train()
+
+
+def init_from(model: DeepLabV3Plus, folder: Path, classes: list[str]) -> None:
+    """The weights of a finished run of the same classes (--init-from). The head of the
+    representation begins at random where the run has none."""
+    need(
+        read_config(folder)["classes"] == classes,
+        f"--init-from {folder}: was trained on other classes than those of this data set",
+    )
+    weights = read_weights(folder / "model.safetensors")
+    ours, theirs = (
+        {key for key in state if key.startswith("representation.")}
+        for state in (model.state_dict(), weights)
+    )
+    if not ours:
+        weights = {key: value for key, value in weights.items() if key not in theirs}
+    elif not theirs:
+        weights |= {key: value for key, value in model.state_dict().items() if key in ours}
+    load_weights(model, weights, f"--init-from {folder}")
 
 
 # ------------------------------------------------------------------------------ a trained network
@@ -314,3 +406,124 @@ def convert_reco_checkpoint(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             key = re.sub(pattern, replacement, key)
         renamed[key] = value
     return renamed
+
+
+# that the authors' code trains on (they offer files of the first two)
+PUBLISHED = ("cityscapes", "pascal", "sun")
+
+
+def load_published(file: str, dataset: str | None) -> Segmenter:
+    """The network of a published checkpoint in eval mode. The file does not say what it was
+    trained on: `dataset` does. Raises UserError for a file that does not fit."""
+    need(
+        dataset in PUBLISHED,
+        f"--checkpoint needs --dataset {', '.join(PUBLISHED)}: the file does not say what it was "
+        "trained on",
+    )
+    state = read_torch(Path(file))
+    need(
+        isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()),
+        f"{file}: is no dictionary of tensors, as the published checkpoints are",
+    )
+    source = DATASETS[dataset].source
+    config = {
+        "model": {"num_classes": len(source.classes), "backbone": "resnet101", "rep_dim": 256},
+        "classes": source.classes,
+        "palette": source.palette,
+        "crop_size": DATASETS[dataset].recipe["crop_size"] * 2,
+        "arguments": {"dataset": dataset, "script": "the authors' code", "max_size": None},
+    }
+    model = Segmenter(config)
+    load_weights(model, convert_reco_checkpoint(state), file)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------ the Hugging Face hub
+FILES = ["config.json", "model.safetensors"]
+LOCAL = {"data_path", "out_dir", "cache_dir", "init_from", "backbone_weights"}
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can only be user/name on the hub: its first part is no folder here."""
+    path = Path(name)
+    return len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()
+
+
+def fetch(name: str) -> Path:
+    """The folder with the newest config.json and weights of user/name, downloaded into the hub's
+    cache; without a connection, those that are there. Raises UserError where there are none."""
+    try:
+        cached = all(isinstance(try_to_load_from_cache(name, file), str) for file in FILES)
+        try:  # one request decides: the download itself would try for a minute
+            get_hf_file_metadata(hf_hub_url(name, FILES[0]), timeout=5)
+            connected = True
+        except Exception:  # of the client's many kinds: no connection, or no such name
+            if not cached:
+                raise
+            connected = False
+        path = snapshot_download(name, allow_patterns=FILES, local_files_only=not connected)
+    except Exception as error:  # the hub's clients raise many kinds; the reason is in the line
+        raise UserError(
+            f"{name}: no such folder, and not to be had from the hub either "
+            f"({type(error).__name__}: {first_line(error)[:120]})"
+        ) from None
+    return Path(path)
+
+
+def public_config(config: dict) -> dict:
+    """config.json without the paths of the machine that trained."""
+    arguments = {k: v for k, v in config["arguments"].items() if k not in LOCAL}
+    if arguments.get("labeled_list"):
+        arguments["labeled_list"] = Path(arguments["labeled_list"]).name
+    return {**config, "arguments": arguments}
+
+
+def describe_labels(arguments: dict) -> str:
+    if arguments.get("label_ratio"):
+        return f"partial labels ({arguments['label_ratio']}) on every image"
+    if arguments.get("labeled_list"):
+        return f"the images of {Path(arguments['labeled_list']).name}"
+    number = arguments.get("num_labeled")
+    return f"{number} labelled images" if number else "every label of the data set"
+
+
+def model_card(config: dict, miou: float | None, license: str | None) -> ModelCard:
+    """README.md of a trained network: how it was trained, how it is used, its classes."""
+    arguments = config["arguments"]
+    data = ModelCardData(
+        license=license,
+        pipeline_tag="image-segmentation",
+        tags=["semantic-segmentation", "semi-supervised-learning", "model_hub_mixin"],
+    )
+    score = "not recorded" if miou is None else f"{100 * miou:.2f} %"
+    classes = "\n".join(
+        f"| {i} | {name} | {' '.join(map(str, colour))} |"
+        for i, (name, colour) in enumerate(zip(config["classes"], config["palette"], strict=True))
+    )
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# Semantic segmentation: {len(config["classes"])} classes of {arguments["dataset"]}
+
+DeepLabV3+ on {config["model"]["backbone"]}, for the ReCo repository (regional contrast, Liu et al.,
+ICLR 2022, arXiv 2104.04465).
+
+- trained by: {arguments["script"]}, method {arguments.get("method", "not recorded")}
+- data: {arguments["dataset"]}
+- labels: {describe_labels(arguments)}
+- validation mIoU: {score}
+
+With the ReCo repository:
+
+```python
+import models
+
+model = models.load("user/name")  # of this page
+mask = model.predict("photo.jpg")  # uint8 [H, W]: indices into model.classes
+```
+
+| value | class | colour |
+|---|---|---|
+{classes}
+""")

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import models
-from errors import UserError, first_line, need, note
-from files import IMAGE_SUFFIXES, need_utf8, partial_of, read_image, write
-from layouts import OTHER_PICTURES, all_pictures, name_of
-from options import add_prediction_options, new_parser, number, positive
-from processes import launch
-from published import DATASETS, load_published
-from transforms import upsample
+from engine.options import add_prediction_options, new_parser, number, positive
+from engine.processes import launch
+from inputs.errors import UserError, first_line, need, note
+from inputs.files import IMAGE_SUFFIXES, need_utf8, partial_of, read_image, write
+from inputs.folder import OTHER_PICTURES, all_pictures
+from inputs.source import name_of
+from inputs.transforms import upsample
+from models import PUBLISHED, load_published
 
 ENDINGS = (".png", "_overlay.png", "_confidence.png")
 LONGEST_NAME = 255  # bytes, on most file systems
@@ -49,7 +50,7 @@ def parse_options() -> argparse.Namespace:
     )
     add("--out-dir", metavar="DIR", help="where the masks and overlays go")
     add("--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run")
-    add("--dataset", choices=DATASETS, help="what the checkpoint was trained on")
+    add("--dataset", choices=PUBLISHED, help="what the checkpoint was trained on")
     add(
         "--confidence",
         action="store_true",

@@ -43,7 +43,7 @@ def cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def without_colour(monkeypatch):
     """Augmentation mirrors and does nothing else."""
-    import transforms
+    from inputs import transforms
 
     monkeypatch.setattr(transforms, "COLOUR_CHANGES", (lambda image, amount: image,) * 4)
     monkeypatch.setattr(transforms.tv, "gaussian_blur", lambda image, kernel, sigma: image)

@@ -24,7 +24,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     import bench  # noqa: F401 (all libraries)
-    import street
+    from inputs import street
 
     street.scene = functools.cache(street.scene)
     drawn = False

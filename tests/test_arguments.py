@@ -4,14 +4,13 @@ import json
 
 import pytest
 
-import arguments
-import options
-from errors import UserError
-from recipes import RECIPES
+from data import RECIPES
+from engine import options
+from inputs.errors import UserError
 
 
 def parse(*words: str):
-    return arguments.parse(options.training_parser("", "train_supervised.py"), list(words))
+    return options.parse(options.training_parser("", "train_supervised.py"), list(words))
 
 
 @pytest.mark.parametrize(

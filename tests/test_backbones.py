@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-import arguments
 import backbones
-import options
 from backbones import DilatedDepthwise, build_backbone
-from errors import UserError
+from engine import options
+from inputs.errors import UserError
 from models import DeepLabV3Plus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,7 +239,7 @@ def test_a_file_is_used_whatever_the_recipe_says():
 
     def pretrained(*words: str) -> bool:
         parser = options.training_parser("", "train_supervised.py")
-        return arguments.parse(parser, list(words)).pretrained
+        return options.parse(parser, list(words)).pretrained
 
     assert not pretrained()
     assert pretrained("--backbone-weights", "weights.safetensors")
@@ -254,7 +253,7 @@ def test_without_the_hub_an_error_comes_soon(tmp_path, environment):
     program = """
 import time
 from backbones import build_backbone
-from errors import UserError
+from inputs.errors import UserError
 start = time.monotonic()
 try:
     build_backbone("resnet18", True, 16, 4)

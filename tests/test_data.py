@@ -11,13 +11,11 @@ import torch
 from PIL import Image
 
 import data
-import files
-import labels
-import transforms
 import trees
-from data import Sample
-from errors import UserError
-from mixing import IGNORE
+from inputs import files, labels, transforms
+from inputs.errors import UserError
+from inputs.files import IGNORE
+from inputs.source import Sample
 from trees import CITYSCAPES_TRAIN_IDS, cut, raw
 
 

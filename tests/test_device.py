@@ -22,12 +22,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import devices
-import run
 import train_semi
 import train_supervised
-import transforms
 from data import load_source
+from engine import setup
+from inputs import transforms
 from models import DeepLabV3Plus, MeanTeacher
 
 SIZE, CLASSES = 32, 5
@@ -192,7 +191,7 @@ class OnApple(torch.Tensor):
 def test_copies_to_apple_are_waited_for():
     host = torch.arange(4).as_subclass(OnApple)
     for device, waits in (("mps", True), ("cuda", False), ("cpu", False)):
-        sent = devices.to_device(host, device)
+        sent = transforms.to_device(host, device)
         assert sent.place == device and sent.options == {"non_blocking": not waits}
 
 
@@ -209,7 +208,7 @@ def test_known_pixels_of_apple_are_pooled_on_the_cpu(monkeypatch):
     monkeypatch.setattr(transforms.F, "adaptive_max_pool2d", pooled)
     assert torch.equal(transforms.shrink_known(known.as_subclass(OnApple), (3, 4)), expected)
     assert places == {"cpu"}
-    assert devices.cpu_for_mps(torch.device("cuda")) == torch.device("cuda")
+    assert transforms.cpu_for_mps(torch.device("cuda")) == torch.device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_networks_of_apple_are_contiguous(device, expected, monkeypatch):
     )
     args = train_supervised.parse_options(SMALL)
     alone = SimpleNamespace(device=torch.device(device), num_processes=1)
-    run.new_model(args, load_source("street", None), alone)
+    setup.new_model(args, load_source("street", None), alone)
     assert sent == [expected]
 
 

@@ -13,22 +13,17 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-import checkpoint
 import data
 import evaluate
-import files
-import metrics
 import models
 import predict
-import processes
-import published
-import transforms
 import trees
 from cli import ROOT, run_script
-from loaders import EvaluationImages
-from metrics import Metrics
-from mixing import IGNORE
-from prediction import predict_probabilities, tile_starts
+from engine import checkpoint, evaluation, processes
+from engine.evaluation import Metrics, predict_probabilities, tile_starts
+from engine.loaders import EvaluationImages
+from inputs import files, transforms
+from inputs.files import IGNORE
 from test_models import published_weights
 
 
@@ -156,7 +151,7 @@ def test_nothing_labelled_is_zero_and_never_nan():
         assert results["miou"] == results["accuracy"] == results["boundary_iou"] == 0.0
         assert results["iou"] == results["boundary_iou_per_class"] == [None] * 5
         json.dumps(results, allow_nan=False)
-        text = metrics.table(results, list("abcde"))
+        text = evaluation.table(results, list("abcde"))
         assert "nan" not in text and text.splitlines()[-1].startswith("mIoU")
 
 
@@ -191,7 +186,7 @@ def test_boundary_iou_is_that_of_a_literal_erosion(shape, void):
     prediction, label = random_maps(rng, classes, shape, void)
     distance = max(1, round(0.02 * (shape[1] ** 2 + shape[2] ** 2) ** 0.5))
     both, either = np.zeros(classes), np.zeros(classes)
-    for p, truth in zip(prediction.numpy(), label.numpy(), strict=True):
+    for p, truth in zip(evaluation.numpy(), label.numpy(), strict=True):
         for c in range(classes):
             mask_p, mask_l = (p == c) & (truth != IGNORE), truth == c
             edge_p, edge_l = mask_p & ~eroded(mask_p, distance), mask_l & ~eroded(mask_l, distance)
@@ -229,7 +224,7 @@ def test_the_padding_of_an_image_makes_its_boundary_no_wider(tmp_path):
 
     model, counts = Pointwise(3), Metrics(21)
     loader = torch.utils.data.DataLoader(images, 3)
-    results, confusion = metrics.evaluate(model, loader, 21, Accelerator(cpu=True))
+    results, confusion = evaluation.evaluate(model, loader, 21, Accelerator(cpu=True))
     for sample in source.val:
         image, label = source.read(sample)
         with torch.no_grad():
@@ -471,7 +466,7 @@ def paper_file(tmp_path_factory):
 def test_published_checkpoint(paper_file, script, tmp_path, monkeypatch):
     """evaluate.py and predict.py take it, and the network computes the golden logits."""
     tree = trees.cityscapes(tmp_path / "data", train=1, val=1, size=(64, 128))
-    load_published = functools.cache(published.load_published)  # built once
+    load_published = functools.cache(models.load_published)  # built once
     for module in (evaluate, predict):
         monkeypatch.setattr(module, "load_published", load_published)
     status, out, err = script(
@@ -518,7 +513,7 @@ def test_published_checkpoint(paper_file, script, tmp_path, monkeypatch):
 
 
 def test_classes_of_published_checkpoints():
-    sources = {name: data.SOURCES[name] for name in published.DATASETS}
+    sources = {name: data.SOURCES[name] for name in models.DATASETS}
     numbers = {name: (len(s.classes), len(s.palette)) for name, s in sources.items()}
     assert numbers == {"cityscapes": (19, 19), "pascal": (21, 21), "sun": (37, 37)}
 
@@ -592,7 +587,7 @@ def test_an_evaluation_leaves_the_mode(own):
     model = models.load(own)
     for mode in (True, False):
         model.train(mode)
-        metrics.evaluate(model, [], 3, Accelerator())
+        evaluation.evaluate(model, [], 3, Accelerator())
         assert model.training == mode
 
 

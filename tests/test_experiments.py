@@ -1,4 +1,4 @@
-"""experiments.py: the table follows from results.csv, and what stands there is not run again."""
+"""experiments.py: the table follows from experiments.csv, and what stands there is not run again."""
 
 import json
 
@@ -6,10 +6,8 @@ import pytest
 from PIL import Image
 
 import experiments
-import results
-from errors import UserError
-from experiments import Setting
-from results import FIELDS
+from experiments import FIELDS, Setting
+from inputs.errors import UserError
 
 RECO, NAME = "ClassMix + ReCo", "street, 20 labels"
 TINY = "--channels 16 --low-channels 8 --rep-dim 8 --crop-size 48 --batch-size 2 --num-labeled 2"
@@ -45,7 +43,9 @@ ROWS = [
 def chosen_runs() -> dict:
     pairs = [(n, m) for n, setting in experiments.SETTINGS.items() for m in setting.methods]
     choose_at = experiments.choose_at
-    return results.chosen_runs(ROWS, {p: results.best_rate(ROWS, choose_at(*p)) for p in pairs})
+    return experiments.chosen_runs(
+        ROWS, {p: experiments.best_rate(ROWS, choose_at(*p)) for p in pairs}
+    )
 
 
 def test_the_rate_is_chosen_on_validation_images_at_seed_0():
@@ -59,7 +59,7 @@ def test_the_rate_is_chosen_on_validation_images_at_seed_0():
 
 
 def test_tables_have_mean_and_range_and_say_how_many_seeds():
-    lines = results.make_tables(chosen_runs()).splitlines()
+    lines = experiments.make_tables(chosen_runs()).splitlines()
     assert "|  | ClassMix | ClassMix + ReCo | random queries, active keys |" in lines
     assert f"| {NAME} | 45.0 (45.0 to 45.0), n = 1 | 54.0 (52.0 to 56.0) |  |" in lines
     cells = "| 54.0 (52.0 to 56.0) | 20.0 (20.0 to 20.0) | 2 |"
@@ -68,19 +68,19 @@ def test_tables_have_mean_and_range_and_say_how_many_seeds():
 
 def test_rows_are_written_and_read_as_they_are(tmp_path):
     for row in ROWS:
-        results.add_row(tmp_path, row.values())
-    assert results.read_rows(tmp_path) == ROWS
-    assert results.read_rows(tmp_path / "nothing") == []
+        experiments.add_row(tmp_path, row.values())
+    assert experiments.read_rows(tmp_path) == ROWS
+    assert experiments.read_rows(tmp_path / "nothing") == []
 
 
 def test_curves_are_grouped_by_setting_method_and_step():
     chosen = chosen_runs()
-    assert results.curves(chosen)[NAME]["ClassMix"] == {250: [20.0], 500: [40.0]}
+    assert experiments.curves(chosen)[NAME]["ClassMix"] == {250: [20.0], 500: [40.0]}
     # the other method has three seeds, of which this one alone is compared
-    assert [len(v) for v in results.curves(chosen)[NAME][RECO].values()] == [1, 1]
-    assert results.label_curve(chosen) == {RECO: {5: [21.0], 20: [31.0]}}
+    assert [len(v) for v in experiments.curves(chosen)[NAME][RECO].values()] == [1, 1]
+    assert experiments.label_curve(chosen) == {RECO: {5: [21.0], 20: [31.0]}}
     chosen["camvid, 20 labels", RECO].append(line(RECO, "0.2", 1, 0.4, 0.25, "camvid, 20 labels"))
-    assert results.label_curve(chosen)[RECO][20] == [31.0, 25.0]  # the ablation has one seed
+    assert experiments.label_curve(chosen)[RECO][20] == [31.0, 25.0]  # the ablation has one seed
 
 
 def test_command_lines_name_what_decides_the_result():
@@ -101,7 +101,7 @@ def test_a_run_is_made_once_and_reported(tmp_path, monkeypatch):
     command = ["experiments.py", "--results", str(tmp_path), "--seeds", "0"]
     monkeypatch.setattr("sys.argv", [*command, "--methods", "supervised", "--lr", "0.2"])
     experiments.main()
-    (row,) = results.read_rows(tmp_path)
+    (row,) = experiments.read_rows(tmp_path)
     assert row["curve"].split(":")[0] == "2" and 0 < float(row["test miou"]) < 1
     assert "--iterations 2" in row["arguments"] and str(tmp_path) not in row["arguments"]
     mean = f"{100 * float(row['test miou']):.1f}"
@@ -127,7 +127,7 @@ def test_what_was_asked_for_is_shown(tmp_path, monkeypatch):
     def measure(args, job):
         words = " ".join(experiments.arguments_of(*job))
         row = line(job[1], str(job[2]), job[3], 0.3, 0.321, job[0]) | {"arguments": words}
-        results.add_row(args.results, row.values())
+        experiments.add_row(args.results, row.values())
         weights = experiments.folder_of(*job) / "model.safetensors"
         weights.parent.mkdir(parents=True)
         weights.write_text("of one method; the others were trained elsewhere")
@@ -146,13 +146,13 @@ def test_what_was_asked_for_is_shown(tmp_path, monkeypatch):
     )
     assert "camvid, 5 labels" in table("--only", "camvid, 5 labels", "--lr", "0.3", "--seeds", "1")
     better = line(RECO, "0.2", 0, 0.9, 0.9)
-    results.add_row(tmp_path, better.values())
-    results.add_row(tmp_path, line("ClassMix", "0.2", 0, 0.9, 0.9).values())
+    experiments.add_row(tmp_path, better.values())
+    experiments.add_row(tmp_path, line("ClassMix", "0.2", 0, 0.9, 0.9).values())
     shown = table("--only", NAME, "--lr", "0.3", "--seeds", "0", "--methods", RECO)
     assert f"| {NAME} | {RECO} | 0.3 | 32.1 (32.1 to 32.1), n = 1 |" in shown
     assert (tmp_path / "streets.png").read_text() == "of all methods"  # ClassMix is not here
     other = "camvid, 20 labels, 8 labelled a step"
-    results.add_row(tmp_path, line("CutMix", "0.04", 0, 0.5, 0.5, other).values())
+    experiments.add_row(tmp_path, line("CutMix", "0.04", 0, 0.5, 0.5, other).values())
     shown = table("--only", NAME, "--lr", "0.3", "--seeds", "0", "--methods", RECO)
     assert f"| {other} | CutMix | 0.04 |" in shown
 

@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 
 import data
-import files
-import transforms
 import trees
-from errors import UserError
+from inputs import files, transforms
+from inputs.errors import UserError
 
 SIXTEEN_BIT = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
 

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import hub
 import models
 import predict
 import train_supervised
 import trees
-from errors import UserError
+from inputs.errors import UserError
 
 TINY = """--dataset folder --recipe street --batch-size 2 --channels 8 --low-channels 8 --rep-dim 8
     --crop-size 32 --log-with none --num-workers 0 --iterations 1"""
@@ -65,17 +64,17 @@ def test_the_labels_of_a_card():
         "partial labels (p1) on every image": {"label_ratio": "p1", "num_labeled": 0},
     }
     for text, arguments in described.items():
-        assert hub.describe_labels(arguments) == text
-        public = hub.public_config({"arguments": arguments})["arguments"]
-        assert "/home" not in str(public) and hub.describe_labels(public) == text
+        assert models.describe_labels(arguments) == text
+        public = models.public_config({"arguments": arguments})["arguments"]
+        assert "/home" not in str(public) and models.describe_labels(public) == text
 
 
 def test_names_and_folders_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert hub.is_hub_name("somebody/streets")
+    assert models.is_hub_name("somebody/streets")
     for name in ("runs/typo", "typo", "/absent/run", "a/b/c", "../absent", "./absent"):
-        assert not hub.is_hub_name(name), name
+        assert not models.is_hub_name(name), name
 
 
 def test_a_name_that_cannot_be_had_is_one_line_soon():
@@ -88,4 +87,4 @@ def test_a_name_that_cannot_be_had_is_one_line_soon():
 def test_without_a_connection_the_cache_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda name, file: str(tmp_path / file))
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **o: (tmp_path, o)[0])
-    assert hub.fetch("somebody/streets") == tmp_path
+    assert models.fetch("somebody/streets") == tmp_path

@@ -12,12 +12,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 import data
-import labels
 import trees
-from data import Sample, Source
-from errors import UserError
-from labels import partial_label
-from mixing import IGNORE
+from inputs import labels
+from inputs.errors import UserError
+from inputs.files import IGNORE
+from inputs.labels import partial_label
+from inputs.source import Sample, Source
 
 
 def load(kind: str, path) -> Source:

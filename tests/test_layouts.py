@@ -3,18 +3,17 @@
 import shutil
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pytest
 from PIL import Image
 
 import data
-import labels
-import layouts
 import trees
-from data import Sample
-from errors import UserError
-from files import OUTSIDE
-from mixing import IGNORE
+from inputs import labels
+from inputs.errors import UserError
+from inputs.files import IGNORE, OUTSIDE
+from inputs.source import Sample
 from trees import CITYSCAPES_TRAIN_IDS, cut, garble, raw, save
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 import cli
 import data
-import processes
 import trees
-from errors import UserError
-from loaders import EvaluationImages, Loader, PassSampler, StepSampler, TrainingCrops
-from mixing import IGNORE
+from engine import processes
+from engine.loaders import EvaluationImages, Loader, PassSampler, StepSampler, TrainingCrops
+from inputs.errors import UserError
+from inputs.files import IGNORE
 from runs import Run, parent, small
 
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from mixing import IGNORE, STRATEGIES, class_mask, mix, rectangle_mask
+from inputs.files import IGNORE
+from mixing import STRATEGIES, class_mask, mix, rectangle_mask
 
 
 def batch(size=4, height=24, width=36, classes=6, ignored=0.1):

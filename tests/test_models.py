@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import arguments
-import options
-import run
 import train_semi
 import train_supervised
-from errors import UserError
+from engine import options, setup
+from inputs.errors import UserError
 from models import DeepLabV3Plus, MeanTeacher, convert_reco_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -63,10 +61,10 @@ def test_golden_teacher_and_rate():
         teacher.update(student)
         # the golden values went through float32
         assert teacher.model.weight.item() == pytest.approx(expected, rel=1e-6)
-    rates = [run.learning_rate(2.5e-3, epoch, 200) for epoch in range(200)]
+    rates = [setup.learning_rate(2.5e-3, epoch, 200) for epoch in range(200)]
     np.testing.assert_allclose(rates, golden["poly_lr_per_epoch"], rtol=1e-12)
-    assert run.learning_rate(2.5e-3, 200, 200) == 1e-6
-    assert run.learning_rate(1e-7, 100, 200) == 1e-7  # an explicit one is never raised
+    assert setup.learning_rate(2.5e-3, 200, 200) == 1e-6
+    assert setup.learning_rate(1e-7, 100, 200) == 1e-7  # an explicit one is never raised
 
 
 def test_teacher_averages_parameters_only():
@@ -189,12 +187,12 @@ def test_synchronised_batch_norm_keeps_the_network(monkeypatch):
     """timm's norm layers hold an activation, which torch's own converter drops."""
     monkeypatch.setattr(DeepLabV3Plus, "to", lambda model, *place, **options: model)  # no GPU here
     words = ["--backbone", "test_efficientnet", "--channels", "8", "--low-channels", "8"]
-    args = arguments.parse(options.training_parser("", "train_supervised.py"), words)
+    args = options.parse(options.training_parser("", "train_supervised.py"), words)
     source = SimpleNamespace(classes=["a", "b", "c"], palette=[(0, 0, 0)] * 3, size=None)
 
     def network(processes: int, device: str) -> torch.nn.Module:
         accelerator = SimpleNamespace(num_processes=processes, device=torch.device(device))
-        return run.new_model(args, source, accelerator)[0].eval()
+        return setup.new_model(args, source, accelerator)[0].eval()
 
     def synchronised(model: torch.nn.Module) -> bool:
         return any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())

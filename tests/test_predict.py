@@ -13,14 +13,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 import data
-import files
 import models
 import predict
-import prediction
-import transforms
 import trees
-from errors import UserError
-from prediction import predict_probabilities
+from engine import evaluation
+from engine.evaluation import predict_probabilities
+from inputs import files, transforms
+from inputs.errors import UserError
 from test_evaluate import Constant, Pointwise, make_run
 
 
@@ -362,7 +361,7 @@ def test_tiles_share_out_every_pixel_once():
     rng = np.random.default_rng(0)
     for _ in range(300):
         length, original, tile = rng.integers(1, [400, 900, 120])
-        pieces = prediction.split(length, original, tile)
+        pieces = evaluation.split(length, original, tile)
         assert list(itertools.chain(*(pixels for _, _, pixels in pieces))) == list(range(original))
         for start, stop, pixels in pieces:
             assert 0 <= start < stop <= length and stop - start <= tile
@@ -376,11 +375,11 @@ def test_tiles_share_out_every_pixel_once():
 )
 def test_tiles_change_nothing_for_a_pointwise_model(size, shape):
     model, image = Pointwise(), torch.randint(256, (3, *shape), dtype=torch.uint8)
-    label, confidence = prediction.predict_picture(model, image, size, tile=32, flip=True)
-    whole_label, whole_confidence = prediction.predict_picture(model, image, size)
+    label, confidence = evaluation.predict_picture(model, image, size, tile=32, flip=True)
+    whole_label, whole_confidence = evaluation.predict_picture(model, image, size)
     assert label.shape == shape and np.array_equal(label, whole_label)
     np.testing.assert_allclose(confidence, whole_confidence, atol=1e-6)
-    label, confidence = prediction.predict_picture(
+    label, confidence = evaluation.predict_picture(
         Constant(), image, size, tile=32, scales=[0.5, 2.0]
     )
     assert (label == 0).all() and confidence == pytest.approx(
@@ -392,7 +391,7 @@ def test_twenty_megapixels_in_tiles():
     model = Pointwise(classes=2)
     image = torch.zeros(3, 3648, 5472, dtype=torch.uint8)
     image[0, :, 4000:] = 255
-    label, _ = prediction.predict_picture(model, image, (3648, 5472))
+    label, _ = evaluation.predict_picture(model, image, (3648, 5472))
     assert model.largest == 1024**2 and label.shape == (3648, 5472)
     assert len(np.unique(label[:, :4000])) == len(np.unique(label[:, 4000:])) == 1
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import processes
 import trees
 from cli import ROOT
-from processes import collective_failure
+from engine import processes
+from engine.processes import collective_failure
 from runs import ACCELERATE, TWO_RANKS, Run, parent, small
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
@@ -210,7 +210,7 @@ def test_the_process_group_goes_last(code, monkeypatch):
 
 def test_an_unexpected_error_of_one_of_several_processes_ends_it():
     program = """
-import processes
+from engine import processes
 
 def main():
     print("started")

@@ -1,5 +1,5 @@
-"""The ReCo loss against the golden data, by hand on small cases, on degenerate batches, and in two
-processes."""
+"""The ReCo loss against the golden data and the paper's plain sampling, by hand on small cases, on
+degenerate batches, and in two processes."""
 
 import math
 import os
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,10 +35,51 @@ def golden_options(g, setting):
     )
 
 
-def loss_and_grad(rep, label, prob, valid, device="cpu", **options):
+def plain_loss(
+    rep,
+    label,
+    prob,
+    valid,
+    temperature=0.5,
+    num_queries=256,
+    num_negatives=512,
+    strong_threshold=0.97,
+):
+    """The loss as the paper defines it: class by class, every query with keys of its own, every
+    draw independent."""
+    rows, label, valid = rep.movedim(1, -1).flatten(0, 2), label.flatten(), valid.flatten()
+    prob = prob.movedim(1, -1).flatten(0, 2)  # [n, C]
+    classes = [c for c in range(prob.shape[1]) if (valid & (label == c)).any()]
+    pixels = {c: (valid & (label == c)).nonzero()[:, 0] for c in classes}
+    prototype = {c: rows[pixels[c]].mean(0).detach() for c in classes}
+    total = 0 * rep.sum()
+    if len(classes) < 2:
+        return total
+    for c in classes:
+        hard = pixels[c][prob[pixels[c], c] < strong_threshold]
+        if not len(hard):
+            continue
+        queries = hard[torch.randint(len(hard), (num_queries,))]
+        others = [d for d in classes if d != c]
+        similar = torch.stack([F.cosine_similarity(prototype[c], prototype[d], 0) for d in others])
+        share = (similar / temperature).softmax(0)
+        drawn = share.multinomial(num_queries * num_negatives, replacement=True)
+        keys = torch.empty(num_queries * num_negatives, dtype=torch.int64)
+        for i, d in enumerate(others):
+            at = drawn == i
+            keys[at] = pixels[d][torch.randint(len(pixels[d]), (int(at.sum()),))]
+        negatives = rows[keys].detach().view(num_queries, num_negatives, -1)
+        every = torch.cat([prototype[c].expand(num_queries, 1, -1), negatives], dim=1)
+        logits = F.cosine_similarity(rows[queries][:, None], every, dim=2) / temperature
+        target = torch.zeros(num_queries, dtype=torch.int64)
+        total = total + F.cross_entropy(logits, target) / len(classes)
+    return total
+
+
+def loss_and_grad(rep, label, prob, valid, device="cpu", loss=reco_loss, **options):
     """Computed on the device, returned on the host."""
     rep = rep.detach().clone().to(device).requires_grad_()
-    loss = reco_loss(rep, *(x.to(device) for x in (label, prob, valid)), **options)
+    loss = loss(rep, *(x.to(device) for x in (label, prob, valid)), **options)
     loss.backward()
     return loss.detach().cpu(), rep.grad.cpu()
 
@@ -101,8 +143,23 @@ def test_golden_stratified(device):
 
 
 @pytest.mark.parametrize("setting", range(3))
-def test_golden_independent(setting, device):
-    assert against_golden(setting, draws=250, sampling="independent", device=device) <= 1.1
+def test_plain_sampling_is_the_golden_data(setting):
+    assert against_golden(setting, draws=250, loss=plain_loss) <= 1.1
+
+
+def test_same_expectation_as_plain_sampling():
+    inputs = small(shape=(2, 8, 12, 10), num_classes=6)
+    inputs[1][inputs[1] == 4] = 255
+    inputs[1][0, 0] = 7  # no such class
+    inputs[3][1, :4] = False
+    inputs[2][:, 1] = 0.99  # nothing hard
+    ours, plain = Moments(), Moments()
+    for seed in range(300):
+        torch.manual_seed(seed)
+        options = dict(temperature=0.2, num_queries=16, num_negatives=8)
+        ours.add(*loss_and_grad(*inputs, **options))
+        plain.add(*loss_and_grad(*inputs, loss=plain_loss, **options))
+    assert_same_distribution(ours.result(), plain.result(), rms_limit=1.5)
 
 
 # ---------------------------------------------------------------- by hand
@@ -116,14 +173,11 @@ def row_of_pixels(vectors, labels, num_classes, own_prob=0.5):
     return rep, label, prob, torch.ones_like(label, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("sampling", ["stratified", "independent"])
-def test_two_classes_by_hand(sampling, device):
+def test_two_classes_by_hand(device):
     # One pixel per class: the positive key is the query itself (cosine 1), all 4 negatives
     # the other pixel (cosine 0).
     inputs = row_of_pixels([[2.0, 0.0], [0.0, 3.0]], [0, 1], 2)
-    loss, grad = loss_and_grad(
-        *inputs, device, temperature=0.5, num_queries=8, num_negatives=4, sampling=sampling
-    )
+    loss, grad = loss_and_grad(*inputs, device, temperature=0.5, num_queries=8, num_negatives=4)
     share = 4 * math.exp(0) / (math.exp(2) + 4 * math.exp(0))  # softmax mass of the negatives
     assert loss.dtype == torch.float32 and loss.shape == ()
     assert float(loss) == pytest.approx(math.log(1 + 4 * math.exp(-2)), rel=1e-5)
@@ -179,7 +233,7 @@ def test_random_queries_and_random_keys():
     label, prob, valid = inputs[1:]
     pixels = torch.bincount(label[valid], minlength=6)
     torch.manual_seed(0)
-    _, stats = reco_loss(*inputs, strong_threshold=1.1, active_keys=False, return_stats=True)
+    _, stats = reco_loss(*inputs, active_queries=False, active_keys=False, return_stats=True)
     assert stats["num_hard"].tolist() == pixels.tolist() and int(stats["num_classes"]) == 5
     expected = (torch.ones(6, 6) - torch.eye(6)) / 4  # 5 of 6 classes present: 4 others each
     expected[5], expected[:, 5] = 0, 0
@@ -207,11 +261,10 @@ def small(seed=0, shape=(2, 8, 6, 5), num_classes=4):
     ]
 
 
-@pytest.mark.parametrize("sampling", ["stratified", "independent"])
 @pytest.mark.parametrize(
     "case", ["one class", "no valid pixel", "all unlabelled", "nothing hard", "one pixel"]
 )
-def test_nothing_to_learn(case, sampling):
+def test_nothing_to_learn(case):
     inputs = small(shape=(1, 8, 1, 1)) if case == "one pixel" else small()
     if case == "one class":
         inputs[1][:] = 2
@@ -221,7 +274,7 @@ def test_nothing_to_learn(case, sampling):
         inputs[1][0], inputs[1][1] = 255, -1
     if case == "nothing hard":
         inputs[2][:] = 1
-    loss, grad = loss_and_grad(*inputs, num_queries=8, num_negatives=8, sampling=sampling)
+    loss, grad = loss_and_grad(*inputs, num_queries=8, num_negatives=8)
     assert float(loss) == 0 and grad.shape == inputs[0].shape and float(grad.abs().sum()) == 0
 
 
@@ -266,13 +319,12 @@ def test_half_precision_and_autocast(dtype):
     assert loss.isfinite() and bool(grad.isfinite().all())
 
 
-@pytest.mark.parametrize("sampling", ["stratified", "independent"])
-def test_same_seed_same_bits(sampling):
+def test_same_seed_same_bits():
     inputs = small(shape=(2, 32, 64, 64), num_classes=8)
     results = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        results.append(loss_and_grad(*inputs, num_queries=128, num_negatives=64, sampling=sampling))
+        results.append(loss_and_grad(*inputs, num_queries=128, num_negatives=64))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert not torch.equal(results[0][1], results[2][1])
 
@@ -291,23 +343,7 @@ def test_memory_formats_agree():
         torch.testing.assert_close(grad, results[0][1])
 
 
-def test_blocks_of_classes_and_of_channels_change_nothing():
-    """Channels of zeros leave every cosine as it is; with them the classes are worked off one by
-    one and the gradient in two pieces, as is done with the default options and 19 classes."""
-    rep, *others = small()
-    wide = torch.cat([torch.zeros(2, 120, 6, 5), rep], dim=1)
-    results = []
-    for r in (rep, wide):  # 2**21 // (2**14 * 8): one block of 4 classes; 2**21 // (2**14 * 128): 4
-        torch.manual_seed(0)
-        results.append(loss_and_grad(r, *others, num_queries=8, num_negatives=2**14))
-    (loss, grad), (wide_loss, wide_grad) = results
-    torch.testing.assert_close(wide_loss, loss, rtol=1e-4, atol=0)
-    torch.testing.assert_close(wide_grad[:, 120:], grad, rtol=1e-3, atol=1e-6)
-    assert not wide_grad[:, :120].any()
-
-
-@pytest.mark.parametrize("sampling", ["stratified", "independent"])
-def test_no_shape_depends_on_data(sampling):
+def test_no_shape_depends_on_data():
     # Tensors without values: whatever would read one (.item(), nonzero, a boolean mask, an if)
     # raises. On a GPU those are what makes the host wait.
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -315,9 +351,7 @@ def test_no_shape_depends_on_data(sampling):
     with FakeTensorMode():
         rep, label, prob, valid = small()
         rep.requires_grad_()
-        loss, stats = reco_loss(
-            rep, label, prob, valid, num_queries=16, sampling=sampling, return_stats=True
-        )
+        loss, stats = reco_loss(rep, label, prob, valid, num_queries=16, return_stats=True)
         loss.backward()
         assert (
             loss.shape == () and rep.grad.shape == rep.shape and stats["queries"].shape == (4, 16)
@@ -338,14 +372,6 @@ def test_wrong_inputs_are_refused():
     ]:
         with pytest.raises(ValueError):
             reco_loss(*bad)
-    for bad in [
-        dict(temperature=0),
-        dict(num_queries=0),
-        dict(num_negatives=0),
-        dict(sampling="plain"),
-    ]:
-        with pytest.raises(ValueError):
-            reco_loss(rep, label, prob, valid, **bad)
 
 
 # ---------------------------------------------------------------- two processes
@@ -412,8 +438,6 @@ def process_main(rank, folder):
         *[x[:1, ..., : 5 - rank] for x in inputs], num_queries=8, num_negatives=8
     )
     assert float(loss) > 0 and float(grad.abs().sum()) > 0  # also with maps of different size
-    with pytest.raises(ValueError, match="one process"):
-        reco_loss(*inputs, sampling="independent")
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

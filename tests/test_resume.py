@@ -15,11 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import processes
 import trees
 from cli import ENVIRONMENT, ROOT, fork, launcher, run_many, run_script
-from errors import UserError
+from engine import checkpoint, processes
+from inputs.errors import UserError
 
 # checkpoints at every step and a validation at every third: mostly something is being written
 OPTIONS = [

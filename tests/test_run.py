@@ -13,14 +13,13 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import cli
-import run
 import train_semi
 import train_supervised
 import trees
+from engine import checkpoint, setup
+from engine.processes import cores
 from models import DeepLabV3Plus, MeanTeacher
-from processes import cores
 
 TINY = """--dataset folder --recipe street --batch-size 2 --channels 8 --low-channels 8 --rep-dim 8
     --crop-size 32 --log-with none --num-workers 0 --val-interval 1"""
@@ -61,7 +60,7 @@ def test_how_to_go_on_with_a_run(environment, command, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert run.resume_command(SimpleNamespace(script="x.py"), Path("r")) == command
+    assert setup.resume_command(SimpleNamespace(script="x.py"), Path("r")) == command
 
 
 @pytest.mark.parametrize("option", ["--labeled-list", "--backbone-weights"])
@@ -73,19 +72,19 @@ def test_a_missing_file_is_told_before_the_data_are_read(option, script):
 
 def test_heads_and_backbone_have_their_rates():
     model = network()
-    optimizer = run.new_optimizer(options(optimizer="adamw", backbone_lr_scale=0.025), model)
+    optimizer = setup.new_optimizer(options(optimizer="adamw", backbone_lr_scale=0.025), model)
     heads, backbone = optimizer.param_groups
     assert heads["betas"] == (0.9, 0.999)
     assert {id(p) for p in backbone["params"]} == {id(p) for p in model.backbone.parameters()}
     assert len(heads["params"]) + len(backbone["params"]) == len(list(model.parameters()))
-    whole = run.new_optimizer(options(), model)
+    whole = setup.new_optimizer(options(), model)
     assert isinstance(whole, torch.optim.SGD) and len(whole.param_groups) == 1
 
     class Alone:
         num_processes = 1
 
     args = options(lr=1e-3, lr_given=True, iterations=10)
-    assert run.set_learning_rate(optimizer, args, Alone, step=0) == 1e-3
+    assert setup.set_learning_rate(optimizer, args, Alone, step=0) == 1e-3
     assert (heads["lr"], backbone["lr"]) == (1e-3, pytest.approx(2.5e-5))
 
 
@@ -93,7 +92,7 @@ THREADS = """
 import torch
 import run, train_supervised
 torch.set_num_threads = lambda number: print("threads set to", number)
-run.start_accelerator(train_supervised.parse_options(["--num-workers", "0", "--log-with", "none"]))
+setup.start_accelerator(train_supervised.parse_options(["--num-workers", "0", "--log-with", "none"]))
 print("started")
 """
 
@@ -129,7 +128,7 @@ def test_a_frozen_backbone_has_no_gradient_and_keeps_its_statistics():
     assert all(p.grad is not None for p in model.aspp.parameters())
     after = model.eval().train().backbone.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    optimizer = run.new_optimizer(options(backbone_lr_scale=0.0), model)
+    optimizer = setup.new_optimizer(options(backbone_lr_scale=0.0), model)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in model.parameters() if p.requires_grad}
 
@@ -181,7 +180,7 @@ def test_a_run_goes_on_with_or_without_the_representation(tmp_path, begun, goes_
     config = dict(classes=["a", "b", "c"], palette=[[0, 0, 0]] * 3, crop_size=[32, 32])
     config |= dict(model={"num_classes": 3}, arguments={"dataset": "folder", "script": "x.py"})
     (tmp_path / "config.json").write_text(json.dumps(config))
-    run.init_from(second, tmp_path, ["a", "b", "c"])
+    setup.init_from(second, tmp_path, ["a", "b", "c"])
     for key, value in second.state_dict().items():
         assert torch.equal(value, first.state_dict().get(key, fresh[key]))
 

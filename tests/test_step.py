@@ -11,20 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import arguments
-import checkpoint
 import data
-import labels
-import pictures
-import record
-import run
 import train_semi
 import train_supervised
-import transforms
 import trees
 from cli import SMALL
-from errors import UserError
-from mixing import IGNORE
+from engine import checkpoint, options, pictures, record, setup
+from inputs import labels, transforms
+from inputs.errors import UserError
+from inputs.files import IGNORE
 from models import DeepLabV3Plus
 from reco import reco_loss
 
@@ -322,9 +317,9 @@ def test_the_mean_over_processes_is_the_loss_of_the_whole_batch():
 
 def test_the_default_rate_follows_the_global_batch():
     args = train_semi.parse_options(["--batch-size", "8"])  # the recipe's: 4
-    assert [run.base_learning_rate(args, n) / args.lr for n in (1, 3)] == pytest.approx([2, 6])
+    assert [setup.base_learning_rate(args, n) / args.lr for n in (1, 3)] == pytest.approx([2, 6])
     args = train_semi.parse_options(["--batch-size", "8", "--lr", "0.3"])
-    assert run.base_learning_rate(args, 3) == 0.3
+    assert setup.base_learning_rate(args, 3) == 0.3
     one, both = train_supervised.parse_options([]), train_semi.parse_options([])
     assert one.batch_size == one.recipe_batch == 2 * both.batch_size and one.lr == both.lr
 
@@ -333,7 +328,7 @@ def test_the_default_rate_follows_the_global_batch():
 def test_draws_follow_seed_step_and_process():
     keys = list(itertools.product((0, 1), repeat=3))
     first, again = (
-        [(run.seed_step(*k).random(), float(torch.rand(()))) for k in keys] for _ in "12"
+        [(setup.seed_step(*k).random(), float(torch.rand(()))) for k in keys] for _ in "12"
     )
     assert first == again
     assert all(len(set(values)) == len(keys) for values in zip(*first, strict=True))
@@ -375,7 +370,7 @@ def test_first_weights_follow_the_seed():
 
     def first(seed):
         args = train_supervised.parse_options(["--seed", str(seed)])
-        return run.new_model(args, source, accelerator)[0].classifier[0].weight
+        return setup.new_model(args, source, accelerator)[0].classifier[0].weight
 
     assert torch.equal(first(0), first(0)) and not torch.equal(first(0), first(1))
 
@@ -386,7 +381,7 @@ def test_the_optimiser_is_that_of_the_options():
     args = train_supervised.parse_options(["--weight-decay", "0.003"])
     for kind in ("sgd", "adamw"):
         args.optimizer = kind
-        (group,) = run.new_optimizer(args, model).param_groups
+        (group,) = setup.new_optimizer(args, model).param_groups
         assert group["weight_decay"] == 0.003
         if kind == "sgd":
             assert group["momentum"] == 0.9 and group["nesterov"]
@@ -395,7 +390,7 @@ def test_the_optimiser_is_that_of_the_options():
 def test_the_options_reach_the_loss():
     words = "--reco --reco-temp 0.3 --reco-num-queries 5 --reco-num-negatives 6 "
     words += "--reco-threshold 0.9 --reco-sampling independent"
-    settings = arguments.reco_settings(train_semi.parse_options(words.split()))
+    settings = options.reco_settings(train_semi.parse_options(words.split()))
     assert settings == dict(
         temperature=0.3,
         num_queries=5,
@@ -406,7 +401,7 @@ def test_the_options_reach_the_loss():
         return_stats=True,
     )
     ablation = ["--reco", "--reco-random-queries", "--reco-random-keys"]
-    settings = arguments.reco_settings(train_semi.parse_options(ablation))
+    settings = options.reco_settings(train_semi.parse_options(ablation))
     assert settings["strong_threshold"] > 1 and not settings["active_keys"]
 
 
@@ -495,7 +490,7 @@ def test_the_warm_up(script, tmp_path, monkeypatch):
 def test_seed_and_rate_of_every_step(module, script, tmp_path, monkeypatch):
     """The seed decides the labelled images and, with the step, what is drawn in it."""
     tree, drawn, rates = trees.folder(tmp_path / "data", train=6, size=(32, 40)), [], []
-    seed_step, train_step = run.seed_step, module.train_step
+    seed_step, train_step = setup.seed_step, module.train_step
 
     def seeded(*key):
         drawn.append(key)
@@ -513,7 +508,7 @@ def test_seed_and_rate_of_every_step(module, script, tmp_path, monkeypatch):
     status, _, err = script(module, *words, "--log-with", "none", "--out-dir", tmp_path / "run")
     assert status == 0, err
     assert drawn == [(5, step, 0) for step in range(3)]
-    assert rates == [run.learning_rate(0.01, step, 3) for step in range(3)]
+    assert rates == [setup.learning_rate(0.01, step, 3) for step in range(3)]
     source = data.load_source("folder", str(tree))
     chosen, other = ([s.name for s in labels.labelled_split(source, 2, n)] for n in (5, 0))
     assert (tmp_path / "run" / "labeled.txt").read_text().split() == chosen != other

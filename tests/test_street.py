@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import street
+from inputs import street
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = dict(  # of the pixels of the training split

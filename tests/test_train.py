@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_semi
 import trees
 from cli import ROOT, SMALL, check, run_many, run_script
+from data import RECIPES
 from models import DeepLabV3Plus, MeanTeacher
-from recipes import RECIPES
 
 SHORT = ["--iterations", "4", "--val-interval", "2", "--log-interval", "2"]
 

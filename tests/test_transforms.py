@@ -10,8 +10,9 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import transforms
-from mixing import IGNORE, STRATEGIES, mix
+from inputs import transforms
+from inputs.files import IGNORE
+from mixing import STRATEGIES, mix
 
 CLASSES = 12
 

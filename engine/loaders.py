@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-import processes
-from data import Sample, Source, is_sparse
-from errors import UserError
-from labels import partial_label
-from mixing import IGNORE
-from transforms import random_scale_crop, reflect_pad
+from engine import processes
+from inputs.errors import UserError
+from inputs.files import IGNORE
+from inputs.labels import partial_label
+from inputs.source import Sample, Source, is_sparse
+from inputs.transforms import random_scale_crop, reflect_pad
 
 POLL = 5  # seconds between two looks at whether the loader processes are alive
 # what PyTorch says of it, by version
@@ -56,9 +56,8 @@ class TrainingCrops(Dataset):
             kept = partial_label(label.numpy(), self.label_ratio, self.seed, sample.name)
             label = torch.from_numpy(kept)
         sparse = bool(self.label_ratio) or (self.source.own_files and is_sparse(label))
-        view = self.crop, self.scale, np.random.default_rng(seed), sparse
-        image, label, _ = random_scale_crop(image, label, None, *view)
-        return image, label, index
+        view = self.crop, self.scale, np.random.default_rng(seed)
+        return *random_scale_crop(image, [(label, IGNORE, sparse)], *view), index
 
 
 class EvaluationImages(Dataset):
@@ -253,11 +252,12 @@ def training_loader(
     their draws."""
     crop, scale = tuple(args.crop_size), tuple(scale)
     crops = TrainingCrops(source, samples, crop, scale, args.label_ratio, args.seed)
+    micro_steps = accelerator.gradient_accumulation_steps
     sampler = StepSampler(
         len(samples),
         batch_size,
-        start,
-        args.iterations,
+        start * micro_steps,
+        args.iterations * micro_steps,
         args.seed,
         stream,
         accelerator.process_index,

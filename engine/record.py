@@ -1,9 +1,9 @@
-"""The record of a run: what it remembers between its steps, and where it shows it."""
+"""The record of a run: progress, curves, validation, images, and the run folder."""
 
-import contextlib
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,35 +13,85 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-import pictures
-from checkpoint import hold, write_torch, write_weights
-from data import Source
-from errors import UserError, need
-from files import write_json
-from labels import Division, fingerprint
-from metrics import evaluate, table
-from processes import COLLECTIVE_LIMIT, Stop, speak_for_itself
-from run import base_learning_rate, resume_command, start_line
+from engine import checkpoint, pictures
+from engine.evaluation import evaluate, table
+from engine.loaders import Loader
+from engine.processes import COLLECTIVE_LIMIT, Stop, speak_for_itself
+from engine.setup import check_resumed, launch_settings, resume_command, start_line
+from inputs.errors import UserError, need
+from inputs.files import write_json
+from inputs.labels import Split, fingerprint
+from inputs.source import Source
 
 
 class Record:
-    """What a run remembers between its steps (step, curves, history, best validation), and where
-    it shows them: bar, tracker, TensorBoard, the run's folder. It trains nothing."""
+    """What a run remembers between steps (step, curves, history, best validation), and where it
+    shows it: progress bar, tracker, TensorBoard, the run folder. It trains nothing."""
 
-    def __init__(self, args, accelerator: Accelerator, folder: Path, source: Source, config: dict):
+    def __init__(
+        self,
+        args,
+        accelerator: Accelerator,
+        folder: Path,
+        source: Source,
+        split: Split,
+        config: dict,
+    ):
         self.args, self.accelerator, self.folder = args, accelerator, folder
-        self.source, self.config = source, config
-        self.main, processes = accelerator.is_main_process, accelerator.num_processes
+        self.source, self.split, self.config = source, split, config
+        self.main = accelerator.is_main_process
         self.step, self.best, self.history, self.skipped = 0, None, [], 0
         self.sums, self.since = {}, time.monotonic()
         self.bar = self.writer = None
         self.first_bad = BadStep()
         self.stop = Stop()
-        # carries a signal round without the device
-        self.control = None
-        if processes > 1:
+        self.control = None  # exchanges signals between processes without the device
+        if accelerator.num_processes > 1:
             limit = COLLECTIVE_LIMIT
             self.control = torch.distributed.new_group(backend="gloo", timeout=limit)
+
+    # ---------------------------------------------------------------------------- before the steps
+    def restore(self, state: dict | None, **parts) -> None:
+        """With --resume: check that data and launch are the run's, and load the state of record and
+        parts (model, optimizer, ...), which `after_step` saves. state: None before the first
+        checkpoint."""
+        self.parts = parts
+        if self.args.resume:
+            check_resumed(self.accelerator, self.folder, self.source, self.split)
+        if state:
+            checkpoint.restore(state, self, **parts)
+
+    def start(self, loaders: list[Loader], val_loader: Loader, **networks: nn.Module) -> None:
+        """Describe the run in one line and start the loader processes. networks are evaluated; the
+        first one is the model to keep. Nothing is written yet."""
+        self.loaders, self.val_loader, self.networks = loaders, val_loader, networks
+        if not self.args.resume:
+            self.config["data"] = fingerprint(self.source, self.split)
+        line = start_line(
+            self.args,
+            self.accelerator,
+            self.folder,
+            self.source,
+            self.config,
+            self.split,
+            loaders,
+        )
+        if self.args.resume:
+            line += f" | resumes at step {self.step} of {self.args.iterations}"
+        self.say(line)
+        speak_for_itself()
+        val_loader.start()  # now, so that no validation starts a process
+        # with --init-from: its weights are the ones to beat; on --resume: model.safetensors is lost
+        if self.best is None and (self.args.init_from or self.history):
+            self.validate()
+
+    def batches(self, loaders: list[Loader]) -> Iterator[tuple[int, int, tuple]]:
+        """(step, micro-step, one batch of each loader) of the steps that remain. An optimiser step
+        has `gradient_accumulation_steps` micro-steps."""
+        micro_steps = self.accelerator.gradient_accumulation_steps
+        start = self.step * micro_steps
+        for micro_step, batches in enumerate(zip(*loaders, strict=True), start):
+            yield micro_step // micro_steps, micro_step, batches
 
     def state_dict(self) -> dict:
         names = ("step", "best", "history", "skipped")
@@ -51,26 +101,13 @@ class Record:
         self.step, self.best = state["step"], state["best"]
         self.history, self.skipped = state["history"], state["skipped"]
         lost = [not (self.folder / "model.safetensors").exists()]
-        broadcast_object_list(lost)  # one answer, for what follows is done by all processes
+        broadcast_object_list(lost)  # one answer, since all processes act on it
         if lost[0]:
-            self.best = None  # so the run begins with a validation, which writes them
-
-    def announce(self, division: Division, loaders: list) -> None:
-        """Before the first step: what the run is, in one line. Nothing is written yet."""
-        self.labelled, self.loaders = division.labelled, loaders
-        if not self.args.resume:
-            self.config["data"] = fingerprint(self.source, division)
-        line = start_line(
-            self.args, self.accelerator, self.folder, self.source, self.config, division, loaders
-        )
-        if self.args.resume:
-            line += f" | goes on at step {self.step} of {self.args.iterations}"
-        self.say(line)
-        speak_for_itself()
+            self.best = None  # `start` validates, which writes them
 
     def open(self) -> None:
-        """Open the run's folder, bar and tracker: after the first step (--init-from: before its
-        first validation), so that bad input found until then leaves nothing behind."""
+        """Open run folder, bar and tracker: after the first step (--init-from: before its first
+        validation), so that bad input found before leaves nothing behind."""
         args = self.args
         if self.main and not args.resume:
             self.write_config()
@@ -93,13 +130,8 @@ class Record:
 
     def write_config(self) -> None:
         """config.json and labeled.txt"""
-        hold(self.folder, "".join(f"{sample.name}\n" for sample in self.labelled))
-        self.config["arguments"] = {
-            **vars(self.args),
-            "processes": self.accelerator.num_processes,
-            "base_lr": base_learning_rate(self.args, self.accelerator.num_processes),
-            "mixed_precision": self.accelerator.mixed_precision,
-        }
+        checkpoint.hold(self.folder, "".join(f"{s.name}\n" for s in self.split.labelled))
+        self.config["arguments"] = {**vars(self.args), **launch_settings(self.accelerator)}
         write_json(self.folder / "config.json", self.config)
 
     def plain_arguments(self) -> dict:
@@ -119,23 +151,45 @@ class Record:
         return self.step % interval == 0 or self.step == self.args.iterations
 
     # ------------------------------------------------------------------------------ every step
-    def add(self, step: int, losses: dict[str, Tensor]) -> None:
-        """After each step. Sums stay on the device until the logging interval."""
+    def after_step(self, curves: dict[str, Tensor], to_plot: dict) -> None:
+        """Whatever follows a step, when it is due: curves, validation, images, the checkpoint, and
+        the end of a run that was asked to stop. See `train_step` for the arguments."""
         if not self.bar:
             self.open()
-        self.step = step + 1
-        if self.first_bad.names != list(losses):  # once more when the unlabelled images have joined
-            self.check_losses()
-            self.first_bad = BadStep(list(losses))
-        self.first_bad.update(step, torch.stack(list(losses.values())))
-        for name, value in losses.items():
-            total, times = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + value, times + 1
+        self.add(curves | reco_curves(to_plot["reco"]))
+        if not self.accelerator.sync_gradients:  # more micro-steps follow
+            return
+        self.step += 1
         self.skipped += int(self.accelerator.optimizer_step_was_skipped)
         self.bar.update()
+        stop = self.stop_requested()
+        if self.is_due(self.args.log_interval):
+            self.log_means()
+        entered = time.monotonic()
+        if self.is_due(self.args.val_interval):
+            self.validate()
+            self.show(to_plot)
+        if self.is_due(self.args.save_interval) or stop:
+            self.check_weights()
+            if self.main:
+                checkpoint.save_state(self.folder, self, **self.parts)
+        self.since += time.monotonic() - entered  # images/s is that of training
+        if stop and self.step < self.args.iterations:
+            self.leave(stop)
 
-    def log_means(self, rate: float) -> None:
-        """Means since the last time into the curves and the bar."""
+    def add(self, curves: dict[str, Tensor]) -> None:
+        """Add to the sums, which stay on the device until the logging interval."""
+        curves = {name: value.detach() for name, value in curves.items()}
+        if self.first_bad.names != list(curves):  # again when the unlabelled images have joined
+            self.check_losses()
+            self.first_bad = BadStep(list(curves))
+        self.first_bad.update(self.step, torch.stack(list(curves.values())))
+        for name, value in curves.items():
+            total, times = self.sums.get(name, (0.0, 0))
+            self.sums[name] = total + value, times + 1
+
+    def log_means(self) -> None:
+        """Log the means since the last time, and show the losses in the bar."""
         self.check_losses()
         sums = torch.stack([total / times for total, times in self.sums.values()])
         means = self.accelerator.reduce(sums, "mean").tolist()
@@ -148,6 +202,7 @@ class Record:
         short = {name.split("/")[1][:5]: f"{value:.3f}" for name, value in losses.items()}
         self.bar.set_postfix(short, refresh=False)
         skipped = {"skipped steps": self.skipped} if self.accelerator.scaler else {}
+        rate = self.parts["optimizer"].param_groups[0]["lr"]
         speed = {"learning rate": rate, "images per second": images / seconds}
         self.log({**means, **speed, **skipped})
         self.sums = {}
@@ -160,26 +215,19 @@ class Record:
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.control)
         return int(flag)
 
-    @contextlib.contextmanager
-    def paused(self):
-        """The rate in the curves is that of training: what is done meanwhile does not count."""
-        entered = time.monotonic()
-        yield
-        self.since += time.monotonic() - entered
-
     # ------------------------------------------------------------------- validation and saving
-    def validate(self, networks: dict[str, nn.Module], loader) -> None:
-        """Evaluate on every validation image; the first network is the one that is reported, and
-        kept when it is the best so far."""
+    def validate(self) -> None:
+        """Evaluate the networks on every validation image. The first one is reported, and kept if
+        it is the best so far."""
         if not self.bar:
             self.open()
         self.check_losses()
         entry = {"step": self.step}
-        for name, network in networks.items():
+        for name, network in self.networks.items():
             self.share_buffers(network)
             results, confusion = evaluate(
                 network,
-                loader,
+                self.val_loader,
                 len(self.source.classes),
                 self.accelerator,
                 progress=f"validating the {name}",
@@ -194,9 +242,9 @@ class Record:
             self.best = entry
         if self.main:
             if better:
-                write_weights(self.folder, next(iter(networks.values())))
+                checkpoint.write_weights(self.folder, next(iter(self.networks.values())))
             write_json(self.folder / "history.json", self.history)
-        self.report_validation(entry, list(networks)[1:], better)
+        self.report_validation(entry, list(self.networks)[1:], better)
 
     def report_validation(self, entry: dict, others: list[str], better: bool) -> None:
         """A validation's line on the terminal and its points in the curves."""
@@ -211,29 +259,28 @@ class Record:
         self.log({f"validation/{name}": value for name, value in curves.items()})
         self.log({f"validation IoU/{name}": v for name, v in iou if v is not None})
 
-    def show(self, network: nn.Module, images, shown: dict) -> None:
-        """Pictures to TensorBoard: validation images, the training step (`shown`, see train_step),
-        confusion matrix and class relations."""
+    def show(self, to_plot: dict) -> None:
+        """Log validation images, the training step, confusion matrix and class relations."""
         if not self.writer:
             return
         palette, names = self.source.palette, self.source.classes
-        device = self.accelerator.device
+        network = next(iter(self.networks.values()))
+        images, device = self.val_loader.dataset, self.accelerator.device
+        confusion = torch.tensor(self.history[-1]["confusion"])
         figures = {
             "validation": pictures.draw_validation(network, images, palette, device),
-            "training": pictures.draw_training(shown, palette),
-            "confusion (row: truth)": pictures.draw_confusion(
-                torch.tensor(self.history[-1]["confusion"]), names
-            ),
+            "training": pictures.draw_training(to_plot, palette),
+            "confusion (row: truth)": pictures.draw_confusion(confusion, names),
         }
-        if "relation" in shown:
-            relation = pictures.heat_map(shown["relation"].cpu(), names)
+        if to_plot["reco"]:
+            relation = pictures.heat_map(to_plot["reco"]["relation"].cpu(), names)
             figures["class relation (row: query class)"] = relation
         for name, figure in figures.items():
             self.writer.add_figure(name, figure, self.step)
 
     def share_buffers(self, network: nn.Module) -> None:
-        """Every process takes the main one's batch-norm statistics, so that all evaluate one
-        network, the one that is saved."""
+        """Copy the main process's batch-norm statistics to all, so that all evaluate the network
+        that is saved."""
         if self.control:
             for buffer in network.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -244,20 +291,22 @@ class Record:
         if bad.step is None or int(bad.step) < 0:
             return
         step = int(bad.step)
-        # a batch is a function of (seed, step), so the offending one can be had again
-        batches = [batch_of_step(loader, step) for loader in self.loaders]
+        # a batch is a function of (seed, step), so the offending one can be read again
+        k = self.accelerator.gradient_accumulation_steps
+        micro_steps = range(step * k, (step + 1) * k)
+        batches = [batch_of_step(loader, m) for m in micro_steps for loader in self.loaders]
         name = f"nonfinite-step{step}-process{self.accelerator.process_index}.pt"
-        write_torch(self.folder / name, batches)
+        checkpoint.write_torch(self.folder / name, batches)
         raise UserError(
             f"the loss was not finite at step {step} ({bad.describe()}); the last good checkpoint "
             f"is kept, the batch is in {self.folder / name}. A smaller --lr, or bf16 instead of "
             "fp16, usually helps"
         )
 
-    def check_weights(self, model: nn.Module) -> None:
+    def check_weights(self) -> None:
         """UserError where weights are not finite: they would spoil the checkpoint."""
         self.check_losses()
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+        norms = torch.stack(torch._foreach_norm(list(self.parts["model"].parameters())))
         need(
             torch.isfinite(norms).all(),  # the same on every process
             f"the weights were not finite after step {self.step - 1}, though the losses were; the "
@@ -266,22 +315,23 @@ class Record:
 
     # -------------------------------------------------------------------------------- the end
     def leave(self, signal: int) -> None:
-        """After a requested stop, the state saved: say how to go on, and exit."""
+        """After a requested stop and the checkpoint: print how to resume, and exit."""
         self.bar.close()
         self.accelerator.wait_for_everyone()
         self.say(
-            f"stopped at step {self.step} of {self.args.iterations}, saved. Go on with: "
+            f"stopped at step {self.step} of {self.args.iterations}, saved. Resume with: "
             f"{resume_command(self.args, self.folder)}"
         )
         self.close()
         sys.exit(128 + signal)
 
-    def finish(self, network: nn.Module, images) -> None:
-        """The projector, the table of the best validation, and what to do next."""
+    def finish(self) -> None:
+        """Log the representations, print the table of the best validation and what to do next."""
         if self.bar:
             self.bar.close()
         if self.writer:
             if self.args.model == "reconet":
+                network, images = next(iter(self.networks.values())), self.val_loader.dataset
                 device = self.accelerator.device
                 pictures.add_embedding(self.writer, network, images, self.source, device, self.step)
             scores = {f"hparam/{key}": self.best[key] for key in ("miou", "boundary_iou")}
@@ -300,6 +350,17 @@ class Record:
         the network is gone."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def reco_curves(stats: dict) -> dict[str, Tensor]:
+    """The curves of the contrast loss: its value, the classes present, the hard pixels."""
+    if not stats:
+        return {}
+    return {
+        "loss/reco": stats["loss"],
+        "reco/classes": stats["num_classes"].float(),
+        "reco/hard pixels": stats["num_hard"].sum().float(),
+    }
 
 
 class BadStep:

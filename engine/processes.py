@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from errors import UserError
+from inputs.errors import UserError
 
 # Seconds that a loader may deliver nothing before the run ends with a line. The environment may say
 # otherwise: more for a file system that is known to sleep longer, less for the tests.

@@ -5,14 +5,15 @@ with a numpy generator, so that the same seed gives the same crop on every devic
 here waits for a GPU.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from devices import cpu_for_mps, to_device
-from mixing import IGNORE
+from inputs.files import IGNORE
 
 COLOUR_CHANGES = (
     tv.adjust_brightness,
@@ -20,6 +21,24 @@ COLOUR_CHANGES = (
     tv.adjust_saturation,
     tv.adjust_hue,
 )
+
+
+# ------------------------------------------------- workarounds for PyTorch bugs on MPS (untested)
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on the device. The host does not wait for the copy, except with mps: a
+    copy that is not waited for may read memory that is free again (pytorch/pytorch 189690)."""
+    return x.to(device, non_blocking=torch.device(device).type != "mps")
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How a network's tensors lie in memory: channels last, which is faster, but not with mps,
+    where the gradient of batch norm then is wrong or fails (pytorch/pytorch 175189)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def cpu_for_mps(device: torch.device) -> torch.device:
+    """The device, or the CPU in place of mps: for operations that are wrong there, or fail."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 # -------------------------------------------------------------------------------------- sizes
@@ -43,22 +62,14 @@ def resize_nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
     return resized[0, 0].to(values.dtype)
 
 
-def resize_label(
-    label: Tensor, confidence: Tensor | None, size: tuple[int, int], sparse: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """A label [H, W] and its confidence [H, W] (or None) at the size (h, w), by `resize_nearest`.
+def resize_label(label: Tensor, size: tuple[int, int], sparse: bool = False) -> Tensor:
+    """A label map [H, W] at the size (h, w), by `resize_nearest`.
 
-    sparse  known pixels, single ones or strokes, are not lost where the size is smaller (not in the
-            paper): those that are not 255 or, with a confidence, those of confidence 1
+    sparse  keep known pixels (not 255), single ones or strokes, where the size is smaller (not in
+            the paper)
     """
     small = resize_nearest(label, size)
-    sure = None if confidence is None else resize_nearest(confidence, size)
-    if not sparse or size[0] >= label.shape[0]:
-        return small, sure
-    known = label if confidence is None else torch.where(confidence == 1, label, IGNORE)
-    known = keep_known(resize_nearest(known, size)[None], known[None])[0]
-    kept = known != IGNORE
-    return torch.where(kept, known, small), None if sure is None else torch.where(kept, 1.0, sure)
+    return keep_known(small[None], label[None])[0] if sparse and size[0] < len(label) else small
 
 
 def shrink_label(label: Tensor, size: tuple[int, int]) -> Tensor:
@@ -109,23 +120,23 @@ def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------- scale and crop
+# Maps [H, W] that belong to an image: (map, value of its padding, whether it is a sparse label whose
+# known pixels are kept where the image shrinks, see `resize_label`)
+Map = tuple[Tensor, float, bool]
+
+
 def random_scale_crop(
     image: Tensor,
-    label: Tensor,
-    confidence: Tensor | None,
+    maps: Sequence[Map],
     crop: tuple[int, int],
     scale: tuple[float, float],
     rng: np.random.Generator,
-    sparse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scale by a uniform factor, pad to the crop's size, crop at random; all three together.
+) -> tuple[Tensor, ...]:
+    """Scale an image and its maps by one uniform factor, pad them on the right and below to the
+    crop's size, and crop at random.
 
-    image       [3, H, W] uint8 or float: bilinear with antialiasing, padded by reflection
-    label       [H, W] integer: nearest, padded with 255
-    confidence  [H, W] float or None: nearest, padded with 0
-    sparse      whether known pixels are kept where the image gets smaller, see `resize_label`
-    Padding lies on the right and below. Returns the three at the size of the crop.
-    """
+    image [3, H, W] uint8 or float: bilinear with antialiasing, padded by reflection; maps [H, W]:
+    nearest. Returns the image and the maps at the crop's size."""
     factor = rng.uniform(*scale)
     height, width = image.shape[-2:]
     scaled = (max(1, int(height * factor)), max(1, int(width * factor)))
@@ -133,50 +144,39 @@ def random_scale_crop(
     left = int(rng.integers(max(scaled[1] - crop[1], 0) + 1))
     window = (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
     missing = (0, max(crop[1] - scaled[1], 0), 0, max(crop[0] - scaled[0], 0))
-
-    image = reflect_pad(resize_image(image, scaled), *crop)[window]
-    label, confidence = resize_label(label, confidence, scaled, sparse)
-    label = F.pad(label, missing, value=IGNORE)[window]
-    if confidence is not None:
-        confidence = F.pad(confidence, missing, value=0)[window]
-    return image, label, confidence
+    cropped = [reflect_pad(resize_image(image, scaled), *crop)[window]]
+    for values, padding, sparse in maps:
+        cropped.append(F.pad(resize_label(values, scaled, sparse), missing, value=padding)[window])
+    return tuple(cropped)
 
 
 def batch_scale_crop(
     images: Tensor,
-    labels: Tensor,
-    confidence: Tensor,
+    maps: Sequence[Map],
     crop: tuple[int, int],
     scale: tuple[float, float],
     rng: np.random.Generator,
-    sparse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`random_scale_crop` of each image of a batch, on its device.
-
-    images [B, 3, H, W], labels [B, H, W], confidence [B, H, W] -> the same at the crop's size.
-    """
+) -> tuple[Tensor, ...]:
+    """`random_scale_crop` of each image of a batch, on its device: images [B, 3, H, W] and maps
+    [B, H, W]."""
     if scale == (1.0, 1.0) and tuple(images.shape[-2:]) == tuple(crop):
-        return images, labels, confidence
+        return images, *(values for values, _, _ in maps)
     cropped = [
-        random_scale_crop(*sample, crop, scale, rng, sparse)
-        for sample in zip(images, labels, confidence, strict=True)
+        random_scale_crop(image, [(m[0][b], *m[1:]) for m in maps], crop, scale, rng)
+        for b, image in enumerate(images)
     ]
-    images, labels, confidence = zip(*cropped, strict=True)
-    return torch.stack(images), torch.stack(labels), torch.stack(confidence)
+    return tuple(map(torch.stack, zip(*cropped, strict=True)))
 
 
 # ---------------------------------------------------------------------- colour, blur and flip
-def augment(
-    images: Tensor, labels: Tensor, confidence: Tensor | None, rng: np.random.Generator
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Colour jitter, Gaussian blur and horizontal flip, each image with draws of its own.
+def augment(images: Tensor, maps: Sequence[Tensor], rng: np.random.Generator) -> tuple[Tensor, ...]:
+    """Colour jitter, Gaussian blur and horizontal flip, with separate draws for each image.
 
-    images      [B, 3, H, W] float in 0 .. 1, at least 5x5 pixels (the blur reflects four)
-    labels      [B, H, W]
-    confidence  [B, H, W] or None
+    images  [B, 3, H, W] float in 0 .. 1, at least 5x5 pixels (the blur reflects four)
+    maps    [B, H, W] each: labels, confidences; only flipped
     Jitter with probability 0.8: brightness, contrast and saturation by 0.75 to 1.25 and hue by
     -0.25 to 0.25 of a circle, in random order; blur with 0.5: sigma 0.15 to 1.15, nine taps; flip
-    with 0.5. Returns new images, labels and confidence on the same device.
+    with 0.5. Returns the images and the maps.
     """
     batch = len(images)
     jitter, blur, flip = rng.random((3, batch)) < [[0.8], [0.5], [0.5]]
@@ -194,8 +194,8 @@ def augment(
             image = tv.gaussian_blur(image, 9, float(sigmas[b]))
         changed.append(image)
 
-    def flipped(maps: list[Tensor] | Tensor) -> Tensor:
-        pairs = zip(maps, flip, strict=True)
+    def flipped(values: list[Tensor] | Tensor) -> Tensor:
+        pairs = zip(values, flip, strict=True)
         return torch.stack([tv.horizontal_flip(x) if chosen else x for x, chosen in pairs])
 
-    return flipped(changed), flipped(labels), None if confidence is None else flipped(confidence)
+    return flipped(changed), *map(flipped, maps)

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from mixing import IGNORE
-from prediction import predict_probabilities
-from transforms import shrink_known, to_float
+from engine.evaluation import predict_probabilities
+from inputs.files import IGNORE
+from inputs.transforms import shrink_known, to_float
 
 
 def paint(label: Tensor, palette) -> Tensor:
@@ -70,20 +70,24 @@ def draw_validation(network: nn.Module, images, palette, device) -> Figure:
     return draw_grid(rows, ["image", "truth", "prediction", "confidence"])
 
 
-def draw_training(shown: dict, palette) -> Figure:
-    """What the student saw in a step (`shown`, see train_step): images, (pseudo-)labels,
-    confidence, and the pixels that ReCo picked as queries."""
-    last = len(shown["images"]) - 1
+def draw_training(to_plot: dict, palette) -> Figure:
+    """Images, (pseudo-)labels and confidence that the student saw in a step (see train_step), and
+    the pixels that ReCo drew as queries."""
+    images, labels = torch.cat(to_plot["images"]), torch.cat(to_plot["label"])
+    confidence = torch.cat([c.float() for c in to_plot["confidence"]])
+    last, stats = len(images) - 1, to_plot["reco"]
     rows, titles = [], ["image", "(pseudo-)label", "confidence"]
-    if "queries" in shown:
+    if stats:
         titles.append("queries of ReCo")
-    # labelled images stand first, unlabelled ones last
+        # a class without hard pixels has some that do not count
+        queries = torch.where(stats["query_weight"][:, None] > 0, stats["queries"], -1).cpu()
+    # labelled images come first, unlabelled ones last
     for b in sorted({0, min(1, last), max(last - 1, 0), last}):
-        image = (shown["images"][b].float().cpu().clamp(0, 1) * 255).round().byte()
-        label = paint(shown["label"][b].cpu(), palette)
-        row = [image, label, shown["confidence"][b].float().cpu()]
-        if "queries" in shown:
-            picked = query_mask(shown["queries"].cpu(), shown["rep_size"], b, image.shape[-2:])
+        image = (images[b].float().cpu().clamp(0, 1) * 255).round().byte()
+        label = paint(labels[b].cpu(), palette)
+        row = [image, label, confidence[b].cpu()]
+        if stats:
+            picked = query_mask(queries, stats["rep_size"], b, image.shape[-2:])
             row.append(torch.where(picked, label, image // 3))
         rows.append(row)
     return draw_grid(rows, titles)

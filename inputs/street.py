@@ -1,7 +1,7 @@
 """
 street: a Cityscapes in miniature, drawn in memory. Nothing to download, nothing to store.
 
-    from street import scene
+    from inputs.street import scene
     image, label = scene("train", 0)    # uint8 [64, 64, 3], uint8 [64, 64]
 
     $ python street.py sheet.png        # a contact sheet: image | coloured label

@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from errors import UserError, first_line, need
-from mixing import IGNORE
+from inputs.errors import UserError, first_line, need
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".jfif")
+IGNORE = 255  # in a label: not labelled
 OUTSIDE = 254  # in a value table: a value on disk that is no class
 LABEL_MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # Pillow's modes of one number per pixel
 EXIF_ORIENTATION = 0x0112

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from errors import UserError, first_line, need
-from files import write, write_json
+from inputs.errors import UserError, first_line, need
+from inputs.files import write, write_json
 
 try:
     import fcntl

@@ -3,6 +3,7 @@
 The labelled split, published lists of images, a user's own labels, and partial labels.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -19,11 +20,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import files
-from data import SPARSE, Sample, Source
-from errors import UserError, need, note
-from mixing import IGNORE
-from transforms import resize_nearest
+from inputs import files
+from inputs.errors import UserError, need, note
+from inputs.files import IGNORE
+from inputs.source import SPARSE, Sample, Source
+from inputs.transforms import resize_nearest
 
 RATIOS = {"p0": 0, "p1": 1, "p5": 5, "p25": 25}  # partial labels: per cent of a class's pixels
 READ_AT_ONCE = 32  # labels
@@ -266,45 +267,38 @@ def check_classes(labelled: dict[Sample, dict]) -> None:
         )
 
 
-class Division(NamedTuple):
-    """Which training images are labelled, which are not, and whether labels are partial."""
+class Split(NamedTuple):
+    """The labelled and the unlabelled training images, and whether labels are partial."""
 
     labelled: list[Sample]
     unlabelled: list[Sample]
     partial: bool
 
 
-def divide(
-    source: Source,
-    num_labeled: int,
-    label_ratio: str | None,
-    labeled_list: str | None,
-    seed: int,
-    quiet: bool = True,
-) -> Division:
-    """The labelled images, the unlabelled images, and whether labels are partial.
+def split_train(source: Source, args: argparse.Namespace, quiet: bool = True) -> Split:
+    """The training images by the options num_labeled, label_ratio, labeled_list and seed.
 
-    Labels are partial with --label-ratio, and where a quarter of a user's own or more are sparse:
-    every image then takes part in both roles and keeps the pixels that are known, as a sparse label
-    among full ones does. Other unlabelled images come without their label. Where no image is left
-    over (every image labelled) all are used without their labels.
+    Labels are partial with --label-ratio, and if a quarter or more of a user's own are sparse:
+    every image then takes part in both roles and keeps its known pixels, as a sparse label among
+    full ones does. Other unlabelled images come without their label. If no image remains
+    unlabelled, all of them serve as unlabelled ones, without their labels.
     """
     sparse = check_folder(source, quiet) if source.own_files else set()
-    if labeled_list:
-        labelled = published_split(source, labeled_list)
-    elif num_labeled:
-        labelled = labelled_split(source, num_labeled, seed, quiet)
+    if args.labeled_list:
+        labelled = published_split(source, args.labeled_list)
+    elif args.num_labeled:
+        labelled = labelled_split(source, args.num_labeled, args.seed, quiet)
     else:
         labelled = [sample for sample in source.train if sample.label]
     chosen, masks = set(labelled), sum(bool(sample.label) for sample in source.train)
-    partial = bool(label_ratio) or len(sparse) >= max(1, masks / 4)
+    partial = bool(args.label_ratio) or len(sparse) >= max(1, masks / 4)
     kept = chosen if partial else chosen & sparse  # whose known pixels count in both roles
     none_left = len(chosen) == len(source.train)
     others = [s for s in source.train if none_left or s in kept or s not in chosen]
-    return Division(labelled, [s if s in kept else replace(s, label=None) for s in others], partial)
+    return Split(labelled, [s if s in kept else replace(s, label=None) for s in others], partial)
 
 
-def fingerprint(source: Source, division: Division) -> dict[str, str]:
+def fingerprint(source: Source, split: Split) -> dict[str, str]:
     """What a run that goes on must find again: of the images that are labelled, unlabelled and
     validated on, a hash of names and sizes of the files; of their labels, of what the files hold;
     and the colours of the classes."""
@@ -316,13 +310,13 @@ def fingerprint(source: Source, division: Division) -> dict[str, str]:
         ]
         return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
 
-    masks = {s.label for s in (*division.labelled, *source.val) if not s.drawn}
+    masks = {s.label for s in (*split.labelled, *source.val) if not s.drawn}
     content = hashlib.sha256()
     for mask in sorted(masks):
         content.update(files.read_bytes(mask))
     return {
-        "labelled images": of(division.labelled),
-        "unlabelled images": of(division.unlabelled),
+        "labelled images": of(split.labelled),
+        "unlabelled images": of(split.unlabelled),
         "validation images": of(source.val),
         "labels": content.hexdigest()[:16],
         "colours of the classes": repr(source.colours),

@@ -1,0 +1,263 @@
+"""Predict images of any size, and measure how good the predictions are.
+
+Prediction: class probabilities from scales, mirrored images, windows, and tiles of large images. A
+model here is whatever maps images [B, 3, H, W] in 0 .. 1 to (logits, ...) at some stride.
+Metrics: mIoU, pixel accuracy and boundary IoU, on every image of a loader.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from inputs.files import IGNORE
+from inputs.transforms import cpu_for_mps, resize_image, to_device, to_float, upsample
+
+
+# ------------------------------------------------------------------------------------ prediction
+@torch.no_grad()
+def predict_probabilities(
+    model: nn.Module,
+    images: Tensor,
+    scales=(1.0,),
+    flip: bool = False,
+    window: tuple[int, int] | None = None,
+) -> Tensor:
+    """Class probabilities [B, C, H, W] (float32) of images [B, 3, H, W] in 0 .. 1: the mean over
+    the scales and, with `flip`, the mirrored images; with `window`, over tiles of that size that
+    overlap by a third."""
+    height, width = images.shape[-2:]
+    total = 0.0
+    for scale in scales:
+        scaled = images
+        if scale != 1:
+            # not so small that the backbone has nothing left, see Segmenter.network_size
+            size = [max(min(32, side), round(side * scale)) for side in (height, width)]
+            scaled = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+        total = total + windowed(model, scaled, window, (height, width))
+        if flip:
+            total = total + windowed(model, scaled.flip(-1), window, (height, width)).flip(-1)
+    return total / (len(scales) * (2 if flip else 1))
+
+
+def windowed(model: nn.Module, x: Tensor, window: tuple[int, int] | None, size) -> Tensor:
+    """Probabilities of images in one piece or, with `window`, from overlapping tiles, averaged
+    where they overlap; brought to `size`."""
+    if not window:
+        return upsample(model(x)[0].float(), size).softmax(dim=1)
+    height, width = x.shape[-2:]
+    h, w = min(window[0], height), min(window[1], width)
+    total, times = None, x.new_zeros(1, 1, height, width)
+    for top, left in itertools.product(tile_starts(height, h), tile_starts(width, w)):
+        tile = (..., slice(top, top + h), slice(left, left + w))
+        prob = upsample(model(x[tile])[0].float(), (h, w)).softmax(dim=1)
+        if total is None:
+            total = x.new_zeros(len(x), prob.shape[1], height, width, dtype=torch.float32)
+        total[tile] += prob
+        times[tile] += 1
+    total /= times
+    return total if (height, width) == tuple(size) else upsample(total, size)
+
+
+def tile_starts(length: int, tile: int) -> list[int]:
+    """Where tiles begin so that they cover the length and overlap by at least a third."""
+    if length <= tile:
+        return [0]
+    number = 1 + math.ceil((length - tile) / max(1, tile - math.ceil(tile / 3)))
+    return [round(i * (length - tile) / (number - 1)) for i in range(number)]
+
+
+@torch.no_grad()
+def predict_picture(
+    model: nn.Module,
+    image: Tensor,
+    size: tuple[int, int],
+    tile: int = 1024,
+    device="cpu",
+    **options,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class uint8 [H, W] and its probability float32 [H, W] of every pixel of a picture uint8
+    [3, H, W].
+
+    The network sees it at `size`, in overlapping tiles where that is larger than a tile, and the
+    probabilities are brought back to the picture's size a strip at a time: the memory needed
+    depends on the tile and hardly on the picture. `options` are those of predict_probabilities."""
+    height, width = image.shape[-2:]
+    label = np.empty((height, width), np.uint8)
+    confidence = np.empty((height, width), np.float32)
+    for rows, columns, prob in predict_strips(model, image, size, tile, device, **options):
+        best, index = prob.max(dim=0)
+        label[rows, columns] = index.byte().cpu().numpy()
+        confidence[rows, columns] = best.cpu().numpy()
+    return label, confidence
+
+
+@torch.no_grad()
+def predict_strips(model, image: Tensor, size: tuple[int, int], tile: int, device, **options):
+    """Yield (rows, columns, probabilities [C, rows, columns]) that together cover the picture."""
+    small, (height, width) = resize_image(image, size), image.shape[-2:]
+    tiles = itertools.product(split(size[0], height, tile), split(size[1], width, tile))
+    for (top, bottom, y), (left, right, x) in tiles:
+        if not y or not x:  # the picture is so much smaller than `size` that no pixel falls here
+            continue
+        crop = to_float(small[None, :, top:bottom, left:right], device)
+        prob = predict_probabilities(model, crop, **options)[0]  # [C, h, w]
+        step = max(1, 2**23 // (len(prob) * len(x)))
+        for strip in (y[i : i + step] for i in range(0, len(y), step)):
+            part = resample(prob, 1, strip, size[0] / height, top)
+            part = resample(part, 2, x, size[1] / width, left)
+            yield slice(strip.start, strip.stop), slice(x.start, x.stop), part
+
+
+def split(length: int, original: int, tile: int) -> list[tuple[int, int, range]]:
+    """Tiles that cover a length: where each starts and stops, and which pixels of the original
+    length are taken from it. Neighbours meet in the middle of their overlap, so a pixel is seen
+    with a sixth of a tile around it."""
+    tile = min(tile, length)
+    starts = tile_starts(length, tile)
+    middles = [(left + tile + right) / 2 for left, right in itertools.pairwise(starts)]
+    # the first pixel whose centre lies behind each border
+    edges = [math.ceil(at * original / length - 0.5) for at in (0, *middles, length)]
+    pixels = [range(*pair) for pair in itertools.pairwise(edges)]
+    return [(start, start + tile, taken) for start, taken in zip(starts, pixels, strict=True)]
+
+
+def resample(prob: Tensor, dim: int, pixels: range, scale: float, start: int) -> Tensor:
+    """Bilinear values along a dimension at the centres of pixels of another scale; `start` is
+    where prob begins."""
+    centres = torch.arange(pixels.start, pixels.stop, dtype=torch.float64) + 0.5
+    at = (centres * scale - 0.5 - start).clamp(0, prob.shape[dim] - 1)
+    low = at.long()
+    weight = (at - low).float().to(prob.device)[(...,) + (None,) * (2 - dim)]
+    low = low.to(prob.device)
+    high = (low + 1).clamp_max(prob.shape[dim] - 1)
+    return torch.lerp(prob.index_select(dim, low), prob.index_select(dim, high), weight)
+
+
+# ------------------------------------------------------------------------------------- metrics
+class Metrics:
+    """Counts of a segmentation, summed over images: the confusion matrix and, per class, the
+    overlap of boundary regions (Cheng et al. 2021: the pixels of a mask within 2 % of the image
+    diagonal of its contour). Pixels that are not labelled are no part of either mask."""
+
+    def __init__(self, num_classes: int, device="cpu"):
+        self.num_classes = num_classes
+        # [truth, prediction]
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        # pixels in both boundary regions, in that of the truth, in that of the prediction
+        self.boundary = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """prediction, label: [B, H, W] integer maps of class ids; label 255 is not counted."""
+        label, prediction, n = label.long(), prediction.long(), self.num_classes
+        valid = label != IGNORE
+        pair = torch.where(valid, label * n + prediction, n * n)
+        self.confusion += count(pair, n * n + 1)[:-1].view(n, n)
+
+        distance = max(1, round(0.02 * math.hypot(*label.shape[-2:])))
+        prediction = torch.where(valid, prediction, IGNORE)
+        truth_edge = boundary_region(label, distance) & valid
+        prediction_edge = boundary_region(prediction, distance) & valid
+        both = truth_edge & prediction_edge & (label == prediction)
+        self.boundary[0] += count(torch.where(both, label, n), n + 1)[:-1]
+        self.boundary[1] += count(torch.where(truth_edge, label, n), n + 1)[:-1]
+        self.boundary[2] += count(torch.where(prediction_edge, prediction, n), n + 1)[:-1]
+
+    def results(self) -> dict:
+        """Plain numbers: miou, accuracy, boundary_iou, and lists per class (None for a class that
+        occurs neither in the truth nor in the prediction; it is not part of the means)."""
+        both = self.confusion.diag()
+        union = self.confusion.sum(0) + self.confusion.sum(1) - both
+        iou = ratios(both, union)
+        edge_union = self.boundary[1] + self.boundary[2] - self.boundary[0]
+        boundary_iou = ratios(self.boundary[0], edge_union)
+        return {
+            "miou": mean(iou),
+            "accuracy": both.sum().item() / max(1, self.confusion.sum().item()),
+            "boundary_iou": mean(boundary_iou),
+            "iou": iou,
+            "boundary_iou_per_class": boundary_iou,
+        }
+
+
+def ratios(top: Tensor, bottom: Tensor) -> list[float | None]:
+    return [a / b if b else None for a, b in zip(top.tolist(), bottom.tolist(), strict=True)]
+
+
+def mean(values: list[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+def count(index: Tensor, length: int) -> Tensor:
+    return torch.bincount(index.flatten(), minlength=length)
+
+
+def boundary_region(label: Tensor, distance: int) -> Tensor:
+    """[B, H, W] bool: the pixels within `distance` (Chebyshev) of another class or of the image's
+    edge. A pixel lies inside when the largest and the smallest label around it agree, so two
+    poolings serve all classes at once."""
+    x = F.pad(label[:, None].float(), [distance] * 4, value=-1.0)
+    size = 2 * distance + 1
+
+    def pool(x: Tensor) -> Tensor:  # separable
+        return F.max_pool2d(F.max_pool2d(x, (size, 1), stride=1), (1, size), stride=1)
+
+    return (pool(x) != -pool(-x))[:, 0]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader,
+    num_classes: int,
+    accelerator: Accelerator,
+    progress: str = "",
+    **prediction,
+) -> tuple[dict, Tensor]:
+    """Results (see Metrics) and confusion matrix of a model in eval mode on this process's
+    loader, summed over the processes. `prediction`: options of predict_probabilities. The model
+    must be the bare one, not wrapped for distributed training: processes may hold different
+    numbers of batches."""
+    training = model.training
+    model.eval()
+    # bincount takes seconds with mps, or fails (ultralytics/ultralytics 26239)
+    device = cpu_for_mps(accelerator.device)
+    metrics = Metrics(num_classes, device)
+    # None: shown on a terminal alone
+    silent = None if progress and accelerator.is_main_process else True
+    bar = tqdm(loader, desc=progress, unit="batch", leave=False, disable=silent)
+    for images, label, sizes in bar:
+        with accelerator.autocast():
+            images = to_float(images, accelerator.device)
+            prob = predict_probabilities(model, images, **prediction)
+        predicted, label = prob.argmax(dim=1).to(device), to_device(label, device)
+        for height, width in sizes.unique(dim=0).tolist():  # a boundary's width is the image's own
+            same = (sizes == torch.tensor([height, width])).all(dim=1).nonzero()[:, 0].tolist()
+            metrics.update(predicted[same, :height, :width], label[same, :height, :width])
+    model.train(training)
+    metrics.confusion = accelerator.reduce(metrics.confusion)
+    metrics.boundary = accelerator.reduce(metrics.boundary)
+    return metrics.results(), metrics.confusion
+
+
+def table(results: dict, classes: list[str]) -> str:
+    """The results as text, one line per class and one of the means."""
+
+    def percent(value: float | None) -> str:
+        return "     -" if value is None else f"{100 * value:6.2f}"
+
+    width = max(map(len, [*classes, "boundary IoU"]))
+    lines = [f"{'class':<{width}}    IoU   boundary IoU"]
+    columns = zip(classes, results["iou"], results["boundary_iou_per_class"], strict=True)
+    lines += [f"{name:<{width}}  {percent(iou)}   {percent(edge)}" for name, iou, edge in columns]
+    lines.append(
+        f"{'mIoU':<{width}}  {percent(results['miou'])}   {percent(results['boundary_iou'])}"
+        f"   pixel accuracy {100 * results['accuracy']:.2f}"
+    )
+    return "\n".join(lines)

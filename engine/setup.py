@@ -1,0 +1,196 @@
+"""Start of a run: device, optimiser, learning rate, seeds, and the line that describes it."""
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
+from torch import nn
+
+from engine.checkpoint import read_config
+from engine.processes import COLLECTIVE_LIMIT, cores, start_server
+from inputs.errors import need, note
+from inputs.labels import Split, fingerprint
+from inputs.source import Source
+
+
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Accelerate with the run's precision, tracker and time limit for collectives."""
+    for option in () if args.resume else ("labeled_list", "backbone_weights"):
+        path = getattr(args, option)  # it is read only after the data set
+        need(
+            path is None or Path(path).is_file(),
+            f"--{option.replace('_', '-')} {path}: no such file",
+        )
+    if args.num_workers:
+        start_server()
+    # a resumed run keeps its precision (the launcher says "no" by default) and its micro-batches;
+    # check_resumed refuses others
+    unasked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
+    accelerator = Accelerator(
+        mixed_precision=getattr(args, "mixed_precision", None) if unasked else None,
+        gradient_accumulation_steps=getattr(args, "gradient_accumulation_steps", 1),
+        log_with=None if args.log_with == "none" else args.log_with,
+        project_dir=".",
+        dynamo_backend="inductor" if args.compile else None,
+        kwargs_handlers=[
+            # rank 0's batch-norm statistics are shared before a validation (record.py): shared at
+            # every forward, the second one would change what the first keeps for its gradient.
+            # Supervised warm-up steps do not use the representation
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                find_unused_parameters=args.reco and getattr(args, "warmup_iterations", 0) > 0,
+            ),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_LIMIT),
+        ],
+    )
+    device, processes = accelerator.device.type, accelerator.num_processes
+    need(
+        accelerator.mixed_precision != "fp16" or device != "cpu",
+        "mixed precision fp16 needs a GPU; on a CPU train with bf16 or without",
+    )
+    # `accelerate launch` allows one thread where nobody said how many, plain python all
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if device == "cpu" and processes == 1 and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(cores())
+    if device == "mps":
+        note(
+            "on Apple's GPU this was not tested; should it fail, or learn nothing, "
+            "ACCELERATE_USE_CPU=1 trains on the CPU"
+        )
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return accelerator
+
+
+def new_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, as in the paper, or AdamW. The backbone's rate may be another
+    (`lr_scale` times the heads'); a frozen backbone is not the optimiser's."""
+    groups = [{"params": list(model.parameters()), "lr_scale": 1.0}]
+    if args.backbone_lr_scale != 1:
+        own = list(model.backbone.parameters())
+        heads = [p for n, p in model.named_parameters() if not n.startswith("backbone.")]
+        groups = [{"params": heads, "lr_scale": 1.0}]
+        if args.backbone_lr_scale > 0:
+            groups.append({"params": own, "lr_scale": args.backbone_lr_scale})
+    options = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
+
+
+def learning_rate(base: float, step: int, iterations: int) -> float:
+    """Polynomial decay of power 0.9 with a floor of 1e-6, or of a base below that; a function of
+    the step, so the number of processes does not change it."""
+    return max(base * (1 - step / iterations) ** 0.9, min(base, 1e-6))
+
+
+def start_step(
+    args: argparse.Namespace,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    step: int,
+    micro_step: int,
+) -> np.random.Generator:
+    """Set the learning rate of a step and the seed of a micro-step: all its draws are a function
+    of (seed, micro-step, process). torch is seeded for sampling and mixing; the generator that is
+    returned draws the augmentation."""
+    rate = learning_rate(args.lr, step, args.iterations)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+    sequence = np.random.SeedSequence([args.seed, 7, micro_step, accelerator.process_index])
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
+    return np.random.default_rng(sequence)
+
+
+def check_resumed(accelerator: Accelerator, folder: Path, source: Source, split: Split) -> None:
+    """UserError if processes, precision, classes or data are not those of the run."""
+    config = read_config(folder)
+    saved = config["arguments"]
+    differing = [
+        f"{name.replace('_', ' ')} {value} (the run: {saved[name]})"
+        for name, value in launch_settings(accelerator).items()
+        if saved[name] != value
+    ]
+    data = fingerprint(source, split)
+    differing += [f"other {part}" for part in data if data[part] != config["data"][part]]
+    if config["classes"] != source.classes:
+        differing.append("the classes (classes.txt has changed)")
+    need(
+        not differing,
+        f"--resume {folder}: {', '.join(differing)} would change the result; restore what the run "
+        f"had, or start a new one with --init-from {folder}",
+    )
+
+
+def launch_settings(accelerator: Accelerator) -> dict:
+    """What the launcher decides and config.json keeps."""
+    return {
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+    }
+
+
+def start_line(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    folder: Path,
+    source: Source,
+    config: dict,
+    split: Split,
+    loaders: list,
+) -> str:
+    """Data, network, devices, global batch and learning rate of a run in one line."""
+    processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    kind = ""
+    if args.label_ratio:
+        kind = f" with {args.label_ratio} partial labels"
+    elif split.partial:
+        kind = " with sparse masks: the partial-label recipe is on"
+    images = f"{len(split.labelled)} labelled{kind}"
+    if len(loaders) > 1:
+        images += f" + {len(split.unlabelled)} unlabelled"
+    batches = " + ".join(str(loader.sampler.batch_size * processes * steps) for loader in loaders)
+    if steps > 1:
+        batches += f" (in {steps} micro-batches)"
+    rate = f"{args.optimizer}, learning rate {args.lr:g}"
+    if args.backbone_lr_scale == 0:
+        rate += ", backbone frozen"
+    elif args.backbone_lr_scale != 1:
+        rate += f", backbone {args.lr * args.backbone_lr_scale:g}"
+    device, precision = accelerator.device.type, accelerator.mixed_precision
+    hardware = f"{device} x {processes}, precision {'fp32' if precision == 'no' else precision}"
+    if processes > 1 and device == "cuda":
+        hardware += ", SyncBatchNorm"
+    return " | ".join(
+        [
+            f"{source.name}: {images}, {len(source.val)} validation images, "
+            f"{len(source.classes)} classes",
+            f"{args.method}, {args.model} on {args.backbone}, "
+            f"{config['parameters'] / 1e6:.1f} M parameters",
+            hardware,
+            f"global batch {batches}, {rate}",
+            f"writes to {folder}",
+        ]
+    )
+
+
+def resume_command(args: argparse.Namespace, folder: Path) -> str:
+    """The command that resumes the run, on as many processes of the same kind."""
+    options = f"--out-dir {shlex.quote(str(folder))} --resume"
+    processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if processes > here:
+        return f"the command of every machine, with {options}"
+    launcher = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+    on_cpu = "ACCELERATE_USE_CPU=1 " if parse_flag_from_env("ACCELERATE_USE_CPU") else ""
+    return f"{on_cpu}{launcher} {args.script} {options}"
