@@ -1,5 +1,6 @@
-"""The three losses: supervised, unsupervised, and the regional contrast loss, ReCo (Liu, Zhi, Johns,
-Davison, "Bootstrapping Semantic Segmentation with Regional Contrast", ICLR 2022, arXiv 2104.04465).
+"""The three losses: supervised, unsupervised, and the regional contrast loss, ReCo (Liu, Zhi,
+Johns, Davison, "Bootstrapping Semantic Segmentation with Regional Contrast", ICLR 2022, arXiv
+2104.04465).
 
 With several processes each loss is that of the whole batch: the mean over the processes of what
 they return. All of them must call it; the collectives do not depend on what their labels hold.
@@ -42,9 +43,7 @@ def unsupervised_loss(
 def mean_count(mask: Tensor) -> Tensor:
     """Number of True pixels, averaged over the processes; at least a thousandth."""
     count = mask.sum().float()
-    if processes()[1] > 1:
-        dist.all_reduce(count)
-    return (count / processes()[1]).clamp_min(1e-3)
+    return (add_up(count) / world_size()).clamp_min(1e-3)
 
 
 def reco_loss(
@@ -107,7 +106,7 @@ def reco_loss(
 
             # a process with a share of the hard pixels of a class speaks for that share
             num_hard, num_classes = pixels[3], present.sum()
-            weight = processes()[1] * num_hard / totals[1].clamp(min=1) * (num_classes > 1)  # [C]
+            weight = world_size() * num_hard / totals[1].clamp(min=1) * (num_classes > 1)  # [C]
 
         # 4. cross-entropy of each query against [positive | negatives], index 0
         query = unit(take(rows, queries)) / temperature  # [C, Q, D]
@@ -115,7 +114,7 @@ def reco_loss(
         logits = rearrange(query @ keys.mT, "c q n -> (c q) n")
         target = torch.zeros(C * Q, dtype=torch.int64, device=rep.device)
         losses = F.cross_entropy(logits, target, reduction="none").view(C, Q).mean(dim=1)
-        loss = torch.where(weight > 0, weight * losses, 0).sum() / num_classes.clamp(min=1)
+        loss = (weight * losses).sum() / num_classes.clamp(min=1)
     if not return_stats:
         return loss
     stats = dict(num_classes=num_classes, num_hard=totals[1], queries=queries)
@@ -184,14 +183,14 @@ def draw_keys(
     processes."""
     order, start, own, _ = pixels
     u = torch.rand(2, len(start), number, device=order.device)
-    if processes()[1] > 1:
+    if world_size() > 1:
         dist.broadcast(u, src=0)  # all processes draw the same keys
     edges = relation.cumsum(1)
     key_class = torch.searchsorted(edges, u[0] * edges[:, -1:], right=True)
     key_class = key_class.clamp(max=len(start) - 1)  # [C, number]
     pick = pick_one(u[1], num_valid[key_class]) - before[key_class]
     keys = take(rows, order[(start[key_class] + pick).clamp(0, len(order) - 1)])
-    if processes()[1] > 1:  # the owner of a pixel fills it in
+    if world_size() > 1:  # the owner of a pixel fills it in
         owned = (pick >= 0) & (pick < own[key_class])
         keys = add_up(torch.where(owned[..., None], keys, 0))
     return unit(keys)
@@ -214,24 +213,21 @@ def take(rows: Tensor, pixel: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------- several processes
-def processes() -> tuple[int, int]:
-    """Rank of this process and number of processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def add_up(x: Tensor) -> Tensor:
     """The sum of x over the processes."""
-    if processes()[1] > 1:
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def count_pixels(num_valid: Tensor, num_hard: Tensor) -> tuple[Tensor, Tensor]:
     """Valid and hard pixels by class [2, C], of all processes and of those before this one."""
-    rank, world = processes()
-    counts = torch.zeros(world, 2, len(num_valid), device=num_valid.device, dtype=torch.int64)
+    rank = dist.get_rank() if world_size() > 1 else 0
+    counts = num_valid.new_zeros(world_size(), 2, len(num_valid))
     counts[rank] = torch.stack([num_valid, num_hard])
     add_up(counts)
     return counts.sum(0), counts[:rank].sum(0)

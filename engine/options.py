@@ -371,8 +371,7 @@ def fill_from_recipe(args: argparse.Namespace, recipes: Recipes) -> None:
         before = start["arguments"]
         args.recipe = before.get("recipe")
         seen = {k: before[k] for k in ("crop_size", "scale", "max_size") if k in before}
-    args.recipe = args.recipe or args.dataset
-    recipe = recipes[args.recipe] | seen
+    recipe = recipes[args.recipe or args.dataset] | seen
     recipe["num_labeled"] = recipes[args.dataset]["num_labeled"]
     if args.label_ratio or args.labeled_list:
         recipe["num_labeled"] = 0
@@ -387,13 +386,12 @@ def fill_from_recipe(args: argparse.Namespace, recipes: Recipes) -> None:
     fit_vit(args, recipe)
     if start:
         recipe["lr"] /= 10  # the full rate would undo what the weights have learned
-    recipe_batch = recipe["batch_size"]
     lr_given = args.lr is not None
     for name, value in recipe.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if not lr_given:
-        scale_learning_rate(args, recipe_batch)
+        scale_learning_rate(args, recipe["batch_size"])
     args.save_interval = args.save_interval or args.val_interval
     args.crop_size = both_sides(args.crop_size)
 

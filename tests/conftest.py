@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared out; read when t
 def script(monkeypatch, capsys):
     """script(module, arguments ...) -> status, stdout, stderr: what `python MODULE.py ARGUMENTS`
     does, without its start."""
-    import processes  # found once the path above is set
+    from engine import processes  # found once the path above is set
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
 

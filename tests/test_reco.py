@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from reco import reco_loss  # noqa: E402
+from reco import reco_loss, supervised_loss, unsupervised_loss  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "reco_loss.npz"
 
@@ -400,6 +400,15 @@ CASES = [
 ]
 
 
+def labelled_batch():
+    """Four images whose labelled pixels are shared unevenly between the halves."""
+    torch.manual_seed(0)
+    logits, label = torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8))
+    label[0], label[1, :6] = 255, 255
+    logits[2, 0, :4], label[2, :4] = 200, 0  # a cross-entropy of 0
+    return logits, label, torch.rand(4, 8, 8)
+
+
 def process_main(rank, folder):
     """One of two processes: moments of its loss and gradient over draws -> folder/rank.pt."""
     torch.set_num_threads(1)
@@ -438,6 +447,9 @@ def process_main(rank, folder):
         *[x[:1, ..., : 5 - rank] for x in inputs], num_queries=8, num_negatives=8
     )
     assert float(loss) > 0 and float(grad.abs().sum()) > 0  # also with maps of different size
+    logits, label, confidence = (x[2 * rank : 2 * rank + 2] for x in labelled_batch())
+    supervised = supervised_loss(logits, label)
+    results["losses"] = supervised, unsupervised_loss(logits, label, confidence, 0.5)[0]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -487,6 +499,13 @@ def test_two_processes_mean_is_the_whole_batch(two_processes, case):
     # 0.86 to 1.23.
     z, rms = assert_same_distribution(split.result(), whole.result(), rms_limit=1.5)
     print(f"{case}: loss z {z:.2f}, gradient z rms {rms:.2f}")
+
+
+def test_the_mean_over_processes_is_the_loss_of_the_whole_batch(two_processes):
+    logits, label, confidence = labelled_batch()
+    whole = supervised_loss(logits, label), unsupervised_loss(logits, label, confidence, 0.5)[0]
+    for first, second, loss in zip(*(r["losses"] for r in two_processes), whole, strict=True):
+        torch.testing.assert_close((first + second) / 2, loss)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The optimiser of a run: its rates, a frozen backbone, AdamW through a stop and a resumption."""
+"""The optimiser of a run: rates, a frozen backbone, AdamW through a stop and --resume."""
 
-import json
+import itertools
 import os
 import signal
 import subprocess
@@ -21,7 +21,7 @@ from engine import checkpoint, setup
 from engine.processes import cores
 from models import DeepLabV3Plus, MeanTeacher
 
-TINY = """--dataset folder --recipe street --batch-size 2 --channels 8 --low-channels 8 --rep-dim 8
+TINY = """--dataset folder --recipe street --batch-size 2 --channels 8
     --crop-size 32 --log-with none --num-workers 0 --val-interval 1"""
 
 
@@ -55,7 +55,7 @@ def options(**changed):
         ),
     ],
 )
-def test_how_to_go_on_with_a_run(environment, command, monkeypatch):
+def test_the_command_that_resumes_a_run(environment, command, monkeypatch):
     for name in ("ACCELERATE_USE_CPU", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -64,7 +64,7 @@ def test_how_to_go_on_with_a_run(environment, command, monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["--labeled-list", "--backbone-weights"])
-def test_a_missing_file_is_told_before_the_data_are_read(option, script):
+def test_a_missing_file_is_reported_before_the_data_are_read(option, script):
     words = "--dataset", "camvid", "--data-path", "x", option, "nowhere"
     status, _, told = script(train_semi, *words)
     assert status == 2 and told.endswith(f"{option} nowhere: no such file\n")
@@ -80,19 +80,43 @@ def test_heads_and_backbone_have_their_rates():
     whole = setup.new_optimizer(options(), model)
     assert isinstance(whole, torch.optim.SGD) and len(whole.param_groups) == 1
 
-    class Alone:
-        num_processes = 1
-
-    args = options(lr=1e-3, lr_given=True, iterations=10)
-    assert setup.set_learning_rate(optimizer, args, Alone, step=0) == 1e-3
+    accelerator = SimpleNamespace(process_index=0)
+    setup.start_step(options(lr=1e-3, iterations=10), optimizer, accelerator, 0, 0)
     assert (heads["lr"], backbone["lr"]) == (1e-3, pytest.approx(2.5e-5))
+
+
+def test_draws_follow_seed_step_and_process():
+    keys = list(itertools.product((0, 1), repeat=3))
+    optimizer = SimpleNamespace(param_groups=[])
+
+    def draw(seed, micro_step, rank):
+        accelerator = SimpleNamespace(process_index=rank)
+        args = options(seed=seed, iterations=10)
+        rng = setup.start_step(args, optimizer, accelerator, 0, micro_step)
+        return rng.random(), float(torch.rand(()))
+
+    first, again = ([draw(*k) for k in keys] for _ in "12")
+    assert first == again
+    assert all(len(set(values)) == len(keys) for values in zip(*first, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_the_optimiser_is_that_of_the_options(kind):
+    (group,) = setup.new_optimizer(
+        options(weight_decay=0.003, optimizer=kind), network()
+    ).param_groups
+    assert group["weight_decay"] == 0.003
+    if kind == "sgd":
+        assert group["momentum"] == 0.9 and group["nesterov"]
 
 
 THREADS = """
 import torch
-import run, train_supervised
+import train_supervised
+from engine import setup
 torch.set_num_threads = lambda number: print("threads set to", number)
-setup.start_accelerator(train_supervised.parse_options(["--num-workers", "0", "--log-with", "none"]))
+words = ["--num-workers", "0", "--log-with", "none"]
+setup.start_accelerator(train_supervised.parse_options(words))
 print("started")
 """
 
@@ -134,13 +158,18 @@ def test_a_frozen_backbone_has_no_gradient_and_keeps_its_statistics():
 
 
 def test_a_run_with_a_frozen_backbone_keeps_its_weights(script, words, tmp_path):
-    state = timm.create_model("test_vit").state_dict()
+    state = timm.create_model("vit_tiny_patch16_224").state_dict()
     save_file(state, tmp_path / "vit.safetensors")
-    words += ["--backbone", "test_vit", "--backbone-weights", str(tmp_path / "vit.safetensors")]
+    words += [
+        "--backbone",
+        "vit_tiny_patch16_224",
+        "--backbone-weights",
+        str(tmp_path / "vit.safetensors"),
+    ]
     words += ["--iterations", "2", "--out-dir", str(tmp_path / "run")]
     status, out, err = script(train_semi, "--reco", *words, "--backbone-lr-scale", "0")
     assert status == 0, err
-    assert "adamw, learning rate 0.0001 = 0.0002 x 2/4" in out and "backbone frozen" in out
+    assert "learning rate 0.0001 = 0.0002 x 2/4" in out and "backbone frozen" in out
     trained = load_file(tmp_path / "run" / "model.safetensors")
     own = {k.removeprefix("backbone.model."): v for k, v in trained.items() if "backbone." in k}
     assert own and all(torch.equal(value, state[key]) for key, value in own.items())
@@ -169,20 +198,6 @@ def test_adamw_resumes_to_the_bit(script, words, tmp_path, monkeypatch):
         assert all(torch.equal(value, cut[key][name]) for name, value in entries.items())
     whole, cut = (state["model"] for state in states)
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
-
-
-@pytest.mark.parametrize(("begun", "goes_on"), [(8, None), (None, 8), (8, 8)])
-def test_a_run_goes_on_with_or_without_the_representation(tmp_path, begun, goes_on):
-    shape = dict(pretrained=False, channels=8, low_channels=8)
-    first, second = (DeepLabV3Plus(3, "test_resnet", n, **shape) for n in (begun, goes_on))
-    fresh = {k: v.clone() for k, v in second.state_dict().items()}
-    save_file(first.state_dict(), tmp_path / "model.safetensors")
-    config = dict(classes=["a", "b", "c"], palette=[[0, 0, 0]] * 3, crop_size=[32, 32])
-    config |= dict(model={"num_classes": 3}, arguments={"dataset": "folder", "script": "x.py"})
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    setup.init_from(second, tmp_path, ["a", "b", "c"])
-    for key, value in second.state_dict().items():
-        assert torch.equal(value, first.state_dict().get(key, fresh[key]))
 
 
 @pytest.mark.parametrize(
