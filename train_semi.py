@@ -21,7 +21,7 @@ import train_supervised
 from data import RECIPES, load_source
 from engine import checkpoint
 from engine.loaders import Loader, training_loader, validation_loader
-from engine.options import natural, parse, positive, reco_options, share, training_parser
+from engine.options import natural, parse, reco_options, share, size, training_parser
 from engine.processes import launch
 from engine.record import Record
 from engine.setup import new_optimizer, start_accelerator, start_step
@@ -59,7 +59,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--labeled-batch-size",
-        type=positive,
+        type=size,
         metavar="N",
         help="labelled images per step and process (as many as unlabelled ones; with partial "
         "labels twice as many)",
@@ -117,7 +117,7 @@ def reco_targets(
     label_u: Tensor,
     confidence: Tensor,
     known_u: Tensor,
-    size: tuple[int, int],
+    rep_size: tuple[int, int],
     weak_threshold: float,
     partial: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -132,10 +132,10 @@ def reco_targets(
         sure, own = logits_l.softmax(dim=1).max(dim=1)
         label_l = torch.where(valid_l, label_l, own)
         valid_l = valid_l | (sure >= 0.97)
-    label = shrink_label(torch.cat([label_l, label_u]), size)
-    valid = shrink_label(torch.cat([valid_l, confidence >= weak_threshold]), size)
+    label = shrink_label(torch.cat([label_l, label_u]), rep_size)
+    valid = shrink_label(torch.cat([valid_l, confidence >= weak_threshold]), rep_size)
     if partial:  # nearest sampling alone would lose most known pixels (not in the paper)
-        known = shrink_known(known, size)
+        known = shrink_known(known, rep_size)
         label = torch.where(known != IGNORE, known, label)
         valid = valid | (known != IGNORE)
     return label, valid & (label != IGNORE)
@@ -210,8 +210,8 @@ def training_loaders(
     """The labelled and the unlabelled batches of the steps from `start` on."""
     # with partial labels twice as many labelled images (not in the paper): as many as supervised
     # training sees, since mixing cuts up the few known pixels of the unlabelled batch
-    size = args.labeled_batch_size or args.batch_size * (2 if split.partial else 1)
-    labelled = dict(batch_size=size, stream=0, scale=args.scale)
+    number = args.labeled_batch_size or args.batch_size * (2 if split.partial else 1)
+    labelled = dict(batch_size=number, stream=0, scale=args.scale)
     # scaled only after the teacher has seen them
     unlabelled = dict(batch_size=args.batch_size, stream=1, scale=(1.0, 1.0))
     common = args, accelerator, start

@@ -63,8 +63,9 @@ def number(kind, low, high, what: str):
     return convert
 
 
-positive = number(int, 1, 2**40, "an integer above 0")
-natural = number(int, 0, 2**40, "an integer of 0 or more")
+positive = number(int, 1, 10**9, "an integer from 1 to 10^9")
+natural = number(int, 0, 10**9, "an integer from 0 to 10^9")
+size = number(int, 1, 2**16, "an integer from 1 to 65536")  # more would only fill the memory
 positive_float = number(float, 1e-12, 1e12, "a number above 0")
 non_negative = number(float, 0, 1e12, "a number of 0 or more")
 share = number(float, 0, 1, "a number from 0 to 1")
@@ -135,7 +136,7 @@ def add_data_options(add, datasets: list[str], by: dict[str, str]) -> None:
     )
     add(
         "--crop-size",
-        type=positive,
+        type=size,
         nargs="+",
         metavar="N",
         help=f"training crop, one side or height and width ({by['crop_size']}; ViTs: the nearest "
@@ -150,7 +151,7 @@ def add_data_options(add, datasets: list[str], by: dict[str, str]) -> None:
     )
     add(
         "--max-size",
-        type=positive,
+        type=size,
         metavar="N",
         help=f"folder: larger images are scaled down to this longer side ({by['max_size']})",
     )
@@ -193,7 +194,7 @@ def add_model_options(add, by: dict[str, str]) -> None:
         choices=[2, 4, 8],
         help=f"of the decoder and the representation ({by['decoder_stride']})",
     )
-    add("--channels", type=positive, help=f"width of the ASPP and the heads ({by['channels']})")
+    add("--channels", type=size, help=f"width of the ASPP and the heads ({by['channels']})")
     add(
         "--init-from",
         metavar="RUN",
@@ -211,8 +212,8 @@ def add_reco_options(add) -> None:
         default=0.5,
         help="temperature of the similarities and of the class-relation graph",
     )
-    add("--reco-num-queries", type=positive, default=256, help="queries per class")
-    add("--reco-num-negatives", type=positive, default=512, help="negative keys per query")
+    add("--reco-num-queries", type=size, default=256, help="queries per class")
+    add("--reco-num-negatives", type=size, default=512, help="negative keys per query")
     add(
         "--reco-threshold",
         type=share,
@@ -236,7 +237,7 @@ def add_optimisation_options(add, by: dict[str, str]) -> None:
     add("--iterations", type=positive, help=f"training steps ({by['iterations']})")
     add(
         "--batch-size",
-        type=positive,
+        type=size,
         help="images per step and process; in train_semi.py unlabelled ones, plus as many labelled "
         f"ones ({by['batch_size']})",
     )
@@ -320,6 +321,8 @@ def parse(parser: Parser, recipes: Recipes, argv: list[str] | None = None) -> ar
     defaults = vars(parser.parse_args([]))
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN))))
     given = {name: value for name, value in given.items() if value is not NOT_GIVEN}
+    empty = next((name for name, value in given.items() if value == ""), None)
+    need(empty is None, f"--{str(empty).replace('_', '-')}: the value is empty")
     args = argparse.Namespace(**{**defaults, **given})
     trackers = ["none", *map(str, get_available_trackers())]
     need(

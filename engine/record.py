@@ -60,6 +60,7 @@ class Record:
             check_resumed(self.accelerator, self.folder, self.source, self.split)
         if state:
             checkpoint.restore(state, self, **parts)
+            state.clear()  # it is as large as the networks and the optimiser
 
     def start(self, loaders: list[Loader], val_loader: Loader, **networks: nn.Module) -> None:
         """Describe the run in one line and start the loader processes. networks are evaluated; the
@@ -111,13 +112,15 @@ class Record:
         args = self.args
         if self.main and not args.resume:
             self.write_config()
+        terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=args.iterations,
             initial=self.step,
             unit="step",
             disable=not self.main,
             dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log gets a line every half minute
+            file=sys.stderr if terminal else LogLines,
+            mininterval=0.5 if terminal else 30,
         )
         self.accelerator.project_configuration.logging_dir = str(self.folder)
         if args.log_with != "tensorboard":  # none: Accelerate has no tracker then
@@ -350,6 +353,18 @@ class Record:
         the network is gone."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+class LogLines:
+    """The progress bar in a log file: lines instead of carriage returns."""
+
+    @staticmethod
+    def write(text: str) -> None:
+        sys.stderr.write(text.replace("\r", "\n"))
+
+    @staticmethod
+    def flush() -> None:
+        sys.stderr.flush()
 
 
 def reco_curves(stats: dict) -> dict[str, Tensor]:

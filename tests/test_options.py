@@ -1,6 +1,7 @@
 """The options of a run as the recipes, the backbone and the command line make them."""
 
 import json
+import re
 
 import pytest
 import timm
@@ -136,3 +137,17 @@ def test_the_help_shows_the_defaults_of_the_recipes(capsys):
     street = RECIPES["street"]
     assert f"training steps (street: {street['iterations']}, camvid: 2000, others: 40000)" in text
     assert "street: 48, camvid: 224, cityscapes: 512, others: 321" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--init-from", ""], "--init-from: the value is empty"),
+        (["--batch-size", "1099511627776"], "is not an integer from 1 to 65536"),
+        (["--crop-size", "8"], "--crop-size 8 8: one side or height and width, 16 or more"),
+        (["--scale", "2", "1"], "--scale 2.0 1.0: MIN must not exceed MAX"),
+    ],
+)
+def test_impossible_values_are_refused(words, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(*words)
