@@ -1,8 +1,7 @@
-"""Transforms of images, labels and confidences that belong together.
+"""Transforms of images and of the maps that belong to them: labels, confidences.
 
 Images are float in 0 .. 1, or uint8 before they reach the device. Random draws are made on the CPU
-with a numpy generator, so that the same seed gives the same crop on every device, and nothing
-here waits for a GPU.
+with a numpy generator, so that a seed gives the same crop on every device. No GPU synchronisation.
 """
 
 from collections.abc import Sequence
@@ -11,39 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as tv
 
 from inputs.files import IGNORE
-
-COLOUR_CHANGES = (
-    tv.adjust_brightness,
-    tv.adjust_contrast,
-    tv.adjust_saturation,
-    tv.adjust_hue,
-)
 
 
 # ------------------------------------------------- workarounds for PyTorch bugs on MPS (untested)
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the host on the device. The host does not wait for the copy, except with mps: a
-    copy that is not waited for may read memory that is free again (pytorch/pytorch 189690)."""
+    """Copy a CPU tensor to the device without waiting for the copy; on MPS that copy may read freed
+    memory (pytorch/pytorch 189690), so wait there."""
     return x.to(device, non_blocking=torch.device(device).type != "mps")
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """How a network's tensors lie in memory: channels last, which is faster, but not with mps,
-    where the gradient of batch norm then is wrong or fails (pytorch/pytorch 175189)."""
+    """The memory format of a network: channels last, which is faster, except on MPS, where it makes
+    the gradient of batch norm wrong or fail (pytorch/pytorch 175189)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def cpu_for_mps(device: torch.device) -> torch.device:
-    """The device, or the CPU in place of mps: for operations that are wrong there, or fail."""
+    """Where to run an operation that is wrong or fails on MPS: the CPU, else the device itself."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 # -------------------------------------------------------------------------------------- sizes
-def to_float(images: Tensor, device) -> Tensor:
-    """uint8 [B, 3, H, W] on the host -> float in 0 .. 1 on the device."""
+def to_float(images: Tensor, device: torch.device | str) -> Tensor:
+    """uint8 [B, 3, H, W] on the CPU -> float in 0 .. 1 on the device."""
     return to_device(images, device).float().div_(255)
 
 
@@ -51,7 +42,10 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     """[3, H, W], uint8 or float -> [3, h, w], bilinear with antialiasing."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
-    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+    # at a width of 1, antialiasing of uint8 is wrong or fails (torch 2.14), that of float is right
+    values = image.float() if size[1] == 1 else image
+    resized = F.interpolate(values[None], size=size, mode="bilinear", antialias=True)[0]
+    return resized if image.is_floating_point() else resized.round().to(image.dtype)
 
 
 def resize_nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
@@ -63,13 +57,14 @@ def resize_nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_label(label: Tensor, size: tuple[int, int], sparse: bool = False) -> Tensor:
-    """A label map [H, W] at the size (h, w), by `resize_nearest`.
+    """Labels or another map [H, W] -> [h, w] by `resize_nearest`.
 
-    sparse  keep known pixels (not 255), single ones or strokes, where the size is smaller (not in
-            the paper)
+    sparse  whether to keep known pixels (not 255), single ones or strokes, where the map shrinks
+            (not in the paper)
     """
     small = resize_nearest(label, size)
-    return keep_known(small[None], label[None])[0] if sparse and size[0] < len(label) else small
+    shrinks = size[0] < label.shape[0] or size[1] < label.shape[1]
+    return keep_known(small[None], label[None])[0] if sparse and shrinks else small
 
 
 def shrink_label(label: Tensor, size: tuple[int, int]) -> Tensor:
@@ -82,22 +77,22 @@ def shrink_label(label: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def shrink_known(known: Tensor, size: tuple[int, int]) -> Tensor:
-    """Sparse labels int64 [B, H, W], 255 = unknown, at the size (h, w) of the representation:
-    `shrink_label`, but a known pixel is not lost."""
+    """`shrink_label` of sparse labels int64 [B, H, W], 255 = unknown, that keeps known pixels."""
     return keep_known(shrink_label(known, size), known)
 
 
 def keep_known(small: Tensor, known: Tensor) -> Tensor:
-    """Labels [B, h, w] made smaller by nearest sampling, in which an unknown cell (255) takes a
-    known pixel of its own, if `known` [B, H, W] has one there (of several classes the last).
+    """Fill the unknown cells (255) of `small` from the known pixels that they cover.
 
-    Of single pixels, nearest sampling alone would lose 15 of 16 at a quarter of the size.
+    small  [B, h, w]: `known` after nearest sampling, which at a quarter of the size alone loses 15
+           of 16 single pixels
+    known  [B, H, W]; of several classes in a cell, the largest number is taken
     """
-    numbers = torch.where(known == IGNORE, -1.0, known.float())[:, None]
-    # this pooling is wrong with mps where h does not divide H (pytorch/pytorch 190064)
-    pooled = F.adaptive_max_pool2d(numbers.to(cpu_for_mps(known.device)), tuple(small.shape[-2:]))
-    last = pooled[:, 0].to(known.device)
-    return torch.where((small == IGNORE) & (last >= 0), last.to(small.dtype), small)
+    values = torch.where(known == IGNORE, -1.0, known.float())[:, None]
+    # on MPS this pooling is wrong where h does not divide H (pytorch/pytorch 190064)
+    pooled = F.adaptive_max_pool2d(values.to(cpu_for_mps(known.device)), tuple(small.shape[-2:]))
+    largest = pooled[:, 0].to(known.device)  # -1: no known pixel
+    return torch.where((small == IGNORE) & (largest >= 0), largest.to(small.dtype), small)
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -106,22 +101,19 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
-    """[..., H, W] continued on the right and below to at least this size.
-
-    Reflected as often as needed, of any dtype (torch's own padding reflects once).
-    """
+    """Pad [..., H, W] of any dtype on the right and below to at least height x width, by reflecting
+    as often as needed (F.pad reflects only once)."""
     for dim, wanted in ((-2, height), (-1, width)):
         size = x.shape[dim]
         if size < wanted:
-            period = max(2 * (size - 1), 1)  # there and back again
+            period = max(2 * (size - 1), 1)  # forth and back; 1 for a single row or column
             position = torch.arange(wanted, device=x.device) % period
             x = x.index_select(dim, torch.minimum(position, period - position))
     return x
 
 
 # ---------------------------------------------------------------------------- scale and crop
-# Maps [H, W] that belong to an image: (map, value of its padding, whether it is a sparse label whose
-# known pixels are kept where the image shrinks, see `resize_label`)
+# A map [H, W] of an image, the value that pads it, and whether it is `sparse` (see resize_label)
 Map = tuple[Tensor, float, bool]
 
 
@@ -132,21 +124,23 @@ def random_scale_crop(
     scale: tuple[float, float],
     rng: np.random.Generator,
 ) -> tuple[Tensor, ...]:
-    """Scale an image and its maps by one uniform factor, pad them on the right and below to the
-    crop's size, and crop at random.
+    """Scale an image and its maps by one uniform factor, then crop them at one uniform position.
 
-    image [3, H, W] uint8 or float: bilinear with antialiasing, padded by reflection; maps [H, W]:
-    nearest. Returns the image and the maps at the crop's size."""
+    image  [3, H, W] uint8 or float: bilinear with antialiasing
+    maps   [H, W] each: nearest
+    Where the scaled image is smaller than the crop, the image is padded on the right and below by
+    reflection, a map by its value. Returns the image and the maps at the size of the crop.
+    """
     factor = rng.uniform(*scale)
-    height, width = image.shape[-2:]
-    scaled = (max(1, int(height * factor)), max(1, int(width * factor)))
-    top = int(rng.integers(max(scaled[0] - crop[0], 0) + 1))
-    left = int(rng.integers(max(scaled[1] - crop[1], 0) + 1))
+    height, width = (max(1, int(side * factor)) for side in image.shape[-2:])
+    top = int(rng.integers(max(height - crop[0], 0) + 1))
+    left = int(rng.integers(max(width - crop[1], 0) + 1))
     window = (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
-    missing = (0, max(crop[1] - scaled[1], 0), 0, max(crop[0] - scaled[0], 0))
-    cropped = [reflect_pad(resize_image(image, scaled), *crop)[window]]
+    missing = (0, max(crop[1] - width, 0), 0, max(crop[0] - height, 0))
+    cropped = [reflect_pad(resize_image(image, (height, width)), *crop)[window]]
     for values, padding, sparse in maps:
-        cropped.append(F.pad(resize_label(values, scaled, sparse), missing, value=padding)[window])
+        values = resize_label(values, (height, width), sparse)
+        cropped.append(F.pad(values, missing, value=padding)[window])
     return tuple(cropped)
 
 
@@ -157,45 +151,108 @@ def batch_scale_crop(
     scale: tuple[float, float],
     rng: np.random.Generator,
 ) -> tuple[Tensor, ...]:
-    """`random_scale_crop` of each image of a batch, on its device: images [B, 3, H, W] and maps
-    [B, H, W]."""
-    if scale == (1.0, 1.0) and tuple(images.shape[-2:]) == tuple(crop):
+    """`random_scale_crop` of each image of a batch: images [B, 3, H, W], maps [B, H, W] each."""
+    if scale == (1.0, 1.0) and images.shape[-2:] == crop:
         return images, *(values for values, _, _ in maps)
-    cropped = [
-        random_scale_crop(image, [(m[0][b], *m[1:]) for m in maps], crop, scale, rng)
-        for b, image in enumerate(images)
-    ]
+    cropped = []
+    for b, image in enumerate(images):
+        own = [(values[b], padding, sparse) for values, padding, sparse in maps]
+        cropped.append(random_scale_crop(image, own, crop, scale, rng))
     return tuple(map(torch.stack, zip(*cropped, strict=True)))
 
 
 # ---------------------------------------------------------------------- colour, blur and flip
+# torchvision's colour changes up to rounding, with an amount [B, 1, 1, 1] per image. They may work
+# in place: on a CPU, memory takes most of the time.
+def grey(images: Tensor) -> Tensor:
+    """[B, 3, H, W] -> luminance [B, 1, H, W]."""
+    red, green, blue = images.split(1, dim=1)
+    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Scale the values."""
+    return images.mul_(factor).clamp_(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Scale the distance from the image's mean grey."""
+    mean = grey(images.mean((2, 3), keepdim=True))
+    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Scale the distance from the pixel's grey."""
+    base = grey(images).mul_(1 - factor)
+    return images.mul_(factor).add_(base).clamp_(0, 1)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Rotate the hue by `shift` of the colour circle and keep HSV's saturation and value.
+
+    A pixel of hue h has, in the channel whose own hue is c (red 0, green 1/3, blue 2/3), the value
+    low + 6 (high - low) * clamp(1/3 - |h - c|, 0, 1/6), where |.| is the distance on the circle.
+    """
+    red, green, blue = images.split(1, dim=1)
+    high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    span = 6 * (high - low)
+    divisor = span.clamp(min=1e-12)  # not 0 where the pixel is grey
+    hue = torch.where(
+        high == green, (blue - red) / divisor + 1 / 3, (red - green) / divisor + 2 / 3
+    )
+    hue = torch.where(high == red, (green - blue) / divisor, hue)  # [B, 1, H, W]
+    channels = torch.arange(3, device=images.device).view(3, 1, 1) / 3
+    distance = hue - (channels - shift)  # [B, 3, H, W]
+    distance = distance.sub_(distance.round()).abs_()
+    return (1 / 3 - distance).clamp_(0, 1 / 6).mul_(span).add_(low)
+
+
+COLOUR_CHANGES = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def gaussian_kernels(sigma: np.ndarray) -> np.ndarray:
+    """[B] in pixels -> float32 [B, 9] of sum 1; sigma 0: a kernel that changes nothing."""
+    weights = np.exp(-0.5 * (np.arange(-4, 5) / sigma.clip(0.01)[:, None]) ** 2)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def blur(images: Tensor, kernels: Tensor) -> Tensor:
+    """Convolve columns and rows of images [B, 3, H, W] with their kernels [B, 9]; edges reflect."""
+    weight = kernels.repeat_interleave(3, dim=0)[:, None, None]  # [3B, 1, 1, 9]
+    padded = F.pad(images, [4] * 4, mode="reflect").flatten(0, 1)[None]  # [1, 3B, H + 8, W + 8]
+    rows = F.conv2d(padded, weight, groups=len(weight))
+    return F.conv2d(rows, weight.mT, groups=len(weight)).view(images.shape)
+
+
+def draw_augmentation(
+    batch: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The draws of `augment`: the order [4] of COLOUR_CHANGES, and for each image their amounts
+    [4, B], the sigma [B] of the blur and whether to flip [B].
+
+    No jitter: factors 1, shift 0. No blur: sigma 0."""
+    jitter, blurred, flip = rng.random((3, batch)) < [[0.8], [0.5], [0.5]]
+    amounts = np.vstack([rng.uniform(0.75, 1.25, (3, batch)), rng.uniform(-0.25, 0.25, batch)])
+    amounts = np.where(jitter, amounts, [[1], [1], [1], [0]])
+    sigma = np.where(blurred, rng.uniform(0.15, 1.15, batch), 0)
+    return rng.permutation(4), amounts.astype(np.float32), sigma, flip
+
+
 def augment(images: Tensor, maps: Sequence[Tensor], rng: np.random.Generator) -> tuple[Tensor, ...]:
     """Colour jitter, Gaussian blur and horizontal flip, with separate draws for each image.
 
-    images  [B, 3, H, W] float in 0 .. 1, at least 5x5 pixels (the blur reflects four)
+    images  [B, 3, H, W] float32 in 0 .. 1, at least 5x5 pixels (the blur reflects four)
     maps    [B, H, W] each: labels, confidences; only flipped
     Jitter with probability 0.8: brightness, contrast and saturation by 0.75 to 1.25 and hue by
-    -0.25 to 0.25 of a circle, in random order; blur with 0.5: sigma 0.15 to 1.15, nine taps; flip
-    with 0.5. Returns the images and the maps.
+    -0.25 to 0.25 of a circle, in random order (one for the batch); blur with 0.5: sigma 0.15 to
+    1.15, nine taps; flip with 0.5. Returns new images and maps.
     """
-    batch = len(images)
-    jitter, blur, flip = rng.random((3, batch)) < [[0.8], [0.5], [0.5]]
-    order = rng.random((batch, 4)).argsort(axis=1)  # of COLOUR_CHANGES
-    factors, shifts = rng.uniform(0.75, 1.25, (3, batch)), rng.uniform(-0.25, 0.25, batch)
-    amounts = np.vstack([factors, shifts]).T  # [B, 4]
-    sigmas = rng.uniform(0.15, 1.15, batch)
-
-    changed = []
-    for b, image in enumerate(images):
-        if jitter[b]:
-            for change in order[b]:
-                image = COLOUR_CHANGES[change](image, float(amounts[b, change]))
-        if blur[b]:
-            image = tv.gaussian_blur(image, 9, float(sigmas[b]))
-        changed.append(image)
-
-    def flipped(values: list[Tensor] | Tensor) -> Tensor:
-        pairs = zip(values, flip, strict=True)
-        return torch.stack([tv.horizontal_flip(x) if chosen else x for x, chosen in pairs])
-
-    return flipped(changed), *map(flipped, maps)
+    order, *draws = draw_augmentation(len(images), rng)
+    draws[1] = gaussian_kernels(draws[1])
+    amounts, kernels, flip = (to_device(torch.from_numpy(x), images.device) for x in draws)
+    flip = flip[:, None, None]
+    maps = [torch.where(flip, x.flip(-1), x) for x in maps]
+    images = torch.where(flip[:, None], images.flip(-1), images)  # from here on ours to overwrite
+    for change in order:
+        images = COLOUR_CHANGES[change](images, amounts[change, :, None, None, None])
+    return blur(images, kernels), *maps

@@ -1,5 +1,5 @@
 """Scale, crop, pad, flip, colour and blur: image, label and confidence stay aligned, labels are
-never interpolated, the draws have the stated distribution, and nothing waits for the device."""
+never interpolated, draws follow the stated distribution, and nothing synchronises with a GPU."""
 
 import itertools
 
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms.v2 import functional as tv
 
 from inputs import transforms
 from inputs.files import IGNORE
@@ -29,6 +30,11 @@ def scene(batch=1, height=60, width=80, cell=10, seed=0):
     label = torch.from_numpy(cells[:, :height, :width].copy())
     code = (label.float() + 1) / 16
     return code[:, None].repeat(1, 3, 1, 1), label, code
+
+
+def with_padding(label, confidence, sparse=False):
+    """The maps of `batch_scale_crop` and `random_scale_crop`."""
+    return (label, IGNORE, sparse), (confidence, 0.0, False)
 
 
 def flat(label, radius):
@@ -67,15 +73,26 @@ def test_to_float():
 def test_resampling_matches_pil():
     smooth = F.interpolate(torch.rand(1, 3, 9, 12), size=(90, 120), mode="bicubic")[0].clamp(0, 1)
     image = (smooth * 255).to(torch.uint8)
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    as_pil = Image.fromarray(image.permute(1, 2, 0).numpy())
     label = rng().integers(0, 9, (90, 120)).astype(np.uint8)
     for size in ((45, 60), (61, 97), (133, 155)):
-        expected = np.array(picture.resize(size[::-1], Image.Resampling.BILINEAR), np.int32)
+        expected = np.array(as_pil.resize(size[::-1], Image.Resampling.BILINEAR), np.int32)
         resized = transforms.resize_image(image, size).permute(1, 2, 0).int().numpy()
         assert np.abs(resized - expected).max() <= 1
         expected = np.array(Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST))
         resized = transforms.resize_nearest(torch.from_numpy(label), size).numpy()
         assert (resized != expected).mean() < 0.03  # where a centre falls between two pixels
+
+
+@pytest.mark.parametrize("size", [(32, 1), (1, 1), (1, 40), (3, 1)])
+@pytest.mark.parametrize("shape", [(64, 2), (2, 64), (1, 1)])
+def test_resizing_uint8_to_one_pixel_is_right(shape, size):
+    image = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8).permute(2, 0, 1)
+    expected = transforms.resize_image(image.float(), size)
+    for x in (image, image.contiguous()):
+        resized = transforms.resize_image(x, size)
+        assert resized.dtype == torch.uint8
+        assert (resized - expected).abs().max() <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float32])
@@ -141,7 +158,9 @@ def test_scale_crop_and_pad_stay_aligned(crop, scale):
     radius = 1 if scale[1] < 1 else 2 if scale[1] == 1 else 4  # of the blur by resampling
     for seed in range(5):
         batch = scene(2, cell=20, seed=seed)
-        images, labels, confidence = transforms.batch_scale_crop(*batch, crop, scale, rng(seed))
+        images, *maps = batch
+        view = transforms.batch_scale_crop(images, with_padding(*maps), crop, scale, rng(seed))
+        images, labels, confidence = view
         assert images.shape == (2, 3, *crop)
         assert labels.shape == confidence.shape == (2, *crop)
         assert labels.dtype == torch.int64
@@ -152,7 +171,7 @@ def test_padding_lies_right_and_below_ignored_and_reflected():
     _, label, confidence = (x[0] for x in scene(height=30, width=40))
     ramp = torch.arange(30 * 40.0).view(30, 40).expand(3, 30, 40)
     padded, new_label, new_confidence = transforms.random_scale_crop(
-        ramp, label, confidence, (100, 64), (1.0, 1.0), rng()
+        ramp, with_padding(label, confidence), (100, 64), (1.0, 1.0), rng()
     )
     assert torch.equal(new_label[:30, :40], label)
     assert torch.equal(new_confidence[:30, :40], confidence)
@@ -175,35 +194,41 @@ def assert_uniform(values, low, high, name=""):
     assert distance < 1.95 / number**0.5, name
 
 
-@pytest.mark.parametrize("with_confidence", [True, False])
-def test_single_known_pixels_are_not_lost_by_scaling(with_confidence):
-    """Of 40 pixels, far apart, some are met by nearest sampling at 0.5 to 1; `sparse` keeps all."""
-    image, other = torch.zeros(3, 60, 72), 9 if with_confidence else 255
-    label = torch.full((60, 72), other)
+def test_single_known_pixels_are_not_lost_by_scaling():
+    """Of 40 pixels, far apart, nearest sampling at 0.5 to 1 meets some; `sparse` keeps all."""
+    image, label = torch.zeros(3, 60, 72), torch.full((60, 72), IGNORE)
     label[5::12, 4::9] = torch.arange(40).view(5, 8) % 4
-    confidence = (label != other).float() if with_confidence else None
     few = 0
-    for seed, sparse in itertools.product(range(20), (False, True)):
-        sample = image, label, confidence, (60, 72), (0.5, 1.0)
-        _, new, sure = transforms.random_scale_crop(*sample, rng(seed), sparse)
-        known = new < 4
-        assert new.dtype == label.dtype
-        if sparse:
-            assert torch.bincount(new[known]).min() >= 10
-        else:
-            few += int(torch.bincount(new[known], minlength=4).min() < 10)
-        if with_confidence:
-            assert torch.equal(sure == 1, known)
+    for seed in range(20):
+        maps = (label, IGNORE, False), (label, IGNORE, True)
+        _, some, kept = transforms.random_scale_crop(image, maps, (60, 72), (0.5, 1.0), rng(seed))
+        assert kept.dtype == label.dtype
+        assert torch.bincount(kept[kept != IGNORE]).min() >= 10
+        few += int(torch.bincount(some[some != IGNORE], minlength=4).min() < 10)
     assert few > 10  # 20 but for scales near 1
+
+
+def test_an_image_scaled_to_one_pixel():
+    """Also an image of one row, whose height does not shrink with its width."""
+    image = torch.full((3, 64, 3), 200, dtype=torch.uint8)
+    label = torch.full((64, 3), 7, dtype=torch.uint8)
+    maps, scale = with_padding(label, torch.ones(64, 3)), (0.01, 0.01)
+    new, new_label, confidence = transforms.random_scale_crop(image, maps, (16, 20), scale, rng())
+    assert new.shape == (3, 16, 20)
+    assert (new == 200).all()
+    assert new_label.sum() == 7 + (16 * 20 - 1) * IGNORE
+    assert confidence.sum() == 1
+    row = torch.full((1, 100), IGNORE)
+    row[0, ::10] = 3  # nearest sampling meets none of them
+    assert (transforms.resize_label(row, (1, 50), sparse=True) == 3).sum() == 10
 
 
 def test_crops_are_uniform():
     """The position of every crop is read off an image that tells its rows and columns."""
     y, x = torch.meshgrid(torch.arange(20.0), torch.arange(30.0), indexing="ij")
-    image, label = torch.stack([y, x, y]), torch.zeros(20, 30, dtype=torch.uint8)
-    generator, corners = rng(1), []
+    image, generator, corners = torch.stack([y, x, y]), rng(1), []
     for _ in range(3000):
-        crop = transforms.random_scale_crop(image, label, None, (16, 16), (1.0, 1.0), generator)[0]
+        (crop,) = transforms.random_scale_crop(image, [], (16, 16), (1.0, 1.0), generator)
         corners.append(crop[:2, 0, 0].int().tolist())
     for values, number in zip(np.transpose(corners), (5, 15), strict=True):
         count = np.bincount(values, minlength=number)
@@ -214,9 +239,9 @@ def test_crops_are_uniform():
 def test_scales_are_uniform():
     """The scale of every crop is read off the slope of a ramp."""
     ramp = torch.arange(400.0).expand(3, 4, 400)
-    label, generator, factors = torch.zeros(4, 400, dtype=torch.uint8), rng(1), []
+    generator, factors = rng(1), []
     for _ in range(600):
-        crop = transforms.random_scale_crop(ramp, label, None, (1, 64), (0.5, 1.5), generator)[0]
+        (crop,) = transforms.random_scale_crop(ramp, [], (1, 64), (0.5, 1.5), generator)
         factors.append(47 / float(crop[0, 0, 55] - crop[0, 0, 8]))  # away from the ramp's ends
     factors = np.array(factors)
     assert factors.min() > 0.49
@@ -224,31 +249,19 @@ def test_scales_are_uniform():
     assert_uniform(factors.clip(0.5, 1.5), 0.5, 1.5)
 
 
-def test_uint8_images_without_confidence():
-    image = torch.randint(0, 256, (3, 33, 45), dtype=torch.uint8)
-    label = torch.randint(0, 5, (33, 45), dtype=torch.uint8)
-    new, new_label, confidence = transforms.random_scale_crop(
-        image, label, None, (50, 50), (0.5, 1.5), rng()
-    )
-    assert new.dtype == new_label.dtype == torch.uint8
-    assert new.shape == (3, 50, 50)
-    assert new_label.shape == (50, 50)
-    assert confidence is None
-
-
-def test_a_batch_of_the_right_size_is_left_as_it_is():
-    batch = scene(2, 40, 40)
-    same = transforms.batch_scale_crop(*batch, (40, 40), (1.0, 1.0), rng())
-    assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
-
-
 def test_scale_crop_leaves_its_arguments_alone_and_follows_the_seed():
     batch = scene(5)
     before = [x.clone() for x in batch]
-    first, second, other = (
-        transforms.batch_scale_crop(*batch, (64, 64), (0.5, 1.5), rng(seed)) for seed in (9, 9, 10)
-    )
+
+    def view(seed, crop, scale):
+        return transforms.batch_scale_crop(
+            batch[0], with_padding(*batch[1:]), crop, scale, rng(seed)
+        )
+
+    first, second, other = (view(seed, (64, 64), (0.5, 1.5)) for seed in (9, 9, 10))
+    same = view(9, (60, 80), (1.0, 1.0))  # the right size already
     assert all(torch.equal(a, b) for a, b in zip(before, batch, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, same, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[1], other[1])
 
@@ -258,99 +271,47 @@ def test_scale_crop_leaves_its_arguments_alone_and_follows_the_seed():
 def test_the_whole_chain_stays_aligned():
     for seed, strategy in itertools.product(range(4), STRATEGIES):
         torch.manual_seed(seed)
-        generator, batch = rng(seed), scene(4, cell=15, seed=seed)
-        batch = transforms.batch_scale_crop(*batch, (64, 64), (0.5, 1.5), generator)
+        generator, (images, *maps) = rng(seed), scene(4, cell=15, seed=seed)
+        common = (64, 64), (0.5, 1.5), generator
+        images, *maps = mix(
+            *transforms.batch_scale_crop(images, with_padding(*maps), *common), strategy
+        )
         # where mixing joins two regions of one class, the image still shows their old borders
-        assert_aligned(*transforms.augment(*mix(*batch, strategy), generator), stray=0.02)
-
-
-@pytest.mark.usefixtures("without_colour")
-@pytest.mark.parametrize("with_confidence", [True, False])
-def test_flips_image_label_and_confidence_together(with_confidence):
-    images, labels, confidence = scene(64, 6, 8, cell=1)
-    old = (images, labels, confidence if with_confidence else None)
-    new = transforms.augment(*old, rng(3))
-    flipped = torch.tensor([not torch.equal(a, b) for a, b in zip(labels, new[1], strict=True)])
-    assert 16 < flipped.sum() < 48
-    assert (new[2] is not None) == with_confidence
-    for before, after in zip(old, new, strict=True):
-        if before is not None:
-            chosen = flipped.view(-1, *[1] * (before.ndim - 1))
-            assert torch.equal(after, torch.where(chosen, before.flip(-1), before))
+        assert_aligned(*transforms.augment(images, maps, generator), stray=0.02)
 
 
 NAMES = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+UNCHANGED = [1, 1, 1, 0]
 
 
-@pytest.fixture(scope="module")
-def draws():
-    """Image -> [(function, amount), ...] in the order of the calls, for 2,000 images in batches
-    of 4; and which images were flipped."""
-    calls, flipped = {i: [] for i in range(2000)}, []
-
-    def record(name):
-        def change(image, *amount):
-            calls[int(image[0, 0, 0])].append((name, *amount))
-            return image
-
-        return change
-
-    def flip(x):
-        if x.ndim == 3:  # the image, not its label
-            flipped.append(int(x[0, 0, 0]))
-        return x
-
-    with pytest.MonkeyPatch.context() as patch:
-        recorders = tuple(record(change.__name__) for change in transforms.COLOUR_CHANGES)
-        patch.setattr(transforms, "COLOUR_CHANGES", recorders)
-        patch.setattr(transforms.tv, "gaussian_blur", record("blur"))
-        patch.setattr(transforms.tv, "horizontal_flip", flip)
-        generator, images = rng(4), torch.arange(2000.0).view(-1, 1, 1, 1).expand(-1, 3, 1, 2)
-        for batch in images.split(4):
-            transforms.augment(batch, batch[:, 0].long(), None, generator)
-    jitters = {i: [c for c in entries if c[0] != "blur"] for i, entries in calls.items()}
-    blurs = {i: [c for c in entries if c[0] == "blur"] for i, entries in calls.items()}
-    assert all(jitters[i] + blurs[i] == calls[i] for i in calls)  # the blur comes last
-    assert {len(entries) for entries in jitters.values()} == {0, 4}  # all four or none
-    assert {len(entries) for entries in blurs.values()} == {0, 1}
-    assert len(set(flipped)) == len(flipped)
-    jitters = {i: entries for i, entries in jitters.items() if entries}
-    return jitters, {i: entries[0] for i, entries in blurs.items() if entries}, set(flipped)
-
-
-def test_how_often_each_change_is_made(draws):
-    jittered, blurred, flipped = (set(x) for x in draws)
+def test_the_draws_follow_the_paper():
+    """2,000 images in batches of 4: how often each change is made, independently of the others; the
+    amounts are uniform, and each image has its own; every order of the colours is as likely."""
+    generator = rng(4)
+    batches = [transforms.draw_augmentation(4, generator) for _ in range(500)]
+    orders, *draws = zip(*batches, strict=True)
+    amounts, sigma, flip = (np.concatenate(x, axis=-1) for x in draws)
+    jitter, blur = (amounts.T != UNCHANGED).all(1), sigma > 0
+    assert (amounts.T[~jitter] == UNCHANGED).all()  # all four or none
     for chosen, expected in (
-        (jittered, 0.8),
-        (blurred, 0.5),
-        (flipped, 0.5),
-        (jittered & blurred, 0.4),  # independent of each other
-        (jittered & flipped, 0.4),
-        (blurred & flipped, 0.25),
+        (jitter, 0.8),
+        (blur, 0.5),
+        (flip, 0.5),
+        (jitter & blur, 0.4),
+        (jitter & flip, 0.4),
+        (blur & flip, 0.25),
     ):
-        assert abs(len(chosen) / 2000 - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5
-
-
-def test_each_image_has_its_own_order_of_colour_changes(draws):
-    orders = [tuple(name for name, _ in entries) for entries in draws[0].values()]
-    assert set(orders) == set(itertools.permutations(NAMES))
-    mean = len(orders) / 24
-    assert max(map(orders.count, set(orders))) < mean + 5 * mean**0.5
-    equal = sum(a == b for a, b in zip(orders[::2], orders[1::2], strict=False))
-    assert equal < len(orders) / 10  # not one order for a batch
-
-
-def test_the_amounts_are_uniform_and_independent(draws):
-    jitters, blurs, _ = draws
-    amounts = {name: [dict(entries)[name] for entries in jitters.values()] for name in NAMES}
-    for name in NAMES[:3]:
-        assert_uniform(amounts[name], 0.75, 1.25, name)
-    assert_uniform(amounts["adjust_hue"], -0.25, 0.25, "hue")
-    assert {kernel for _, kernel, _ in blurs.values()} == {9}
-    assert_uniform([sigma for *_, sigma in blurs.values()], 0.15, 1.15, "sigma")
-    assert np.abs(np.corrcoef(list(amounts.values())) - np.eye(4)).max() < 0.1
-    for values in amounts.values():
-        assert len(set(values)) == len(values)  # each image has its own
+        assert abs(chosen.mean() - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5
+    amounts, sigma = amounts[:, jitter], sigma[blur]
+    for name, values in zip(NAMES[:3], amounts, strict=False):
+        assert_uniform(values, 0.75, 1.25, name)
+    assert_uniform(amounts[3], -0.25, 0.25, "hue")
+    assert_uniform(sigma, 0.15, 1.15, "sigma")
+    assert np.abs(np.corrcoef(amounts) - np.eye(4)).max() < 0.1
+    assert all(len(np.unique(values)) > 0.99 * len(values) for values in (*amounts, sigma))
+    orders = [tuple(order) for order in orders]
+    assert set(orders) == set(itertools.permutations(range(4)))
+    assert max(map(orders.count, orders)) < 500 / 24 + 5 * (500 / 24) ** 0.5
 
 
 def colourful(batch, height=24, width=32):
@@ -362,34 +323,61 @@ def colourful(batch, height=24, width=32):
     return images
 
 
+@pytest.mark.parametrize("change", range(4), ids=NAMES)
+def test_each_colour_change_is_torchvisions(change):
+    images = colourful(9)
+    amounts = torch.linspace(-0.25, 0.25, 9) + (change < 3)  # the middle one changes nothing
+    torchvisions = getattr(tv, NAMES[change])
+    expected = [torchvisions(x, float(a)) for x, a in zip(images, amounts, strict=True)]
+    changed = transforms.COLOUR_CHANGES[change](images.clone(), amounts.view(-1, 1, 1, 1))
+    torch.testing.assert_close(changed, torch.stack(expected), atol=3e-6, rtol=0)
+    torch.testing.assert_close(changed[4], images[4], atol=1e-6, rtol=0)
+
+
+def test_the_blur_is_torchvisions():
+    images, sigma = colourful(6), np.array([0, 0.15, 0.4, 0.7, 1, 1.15])
+    blurred = transforms.blur(images, torch.from_numpy(transforms.gaussian_kernels(sigma)))
+    assert torch.equal(blurred[0], images[0])
+    for new, old, s in zip(blurred[1:], images[1:], sigma[1:], strict=True):
+        torch.testing.assert_close(new, tv.gaussian_blur(old, 9, float(s)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_augment_equals_torchvision_image_by_image(layout):
+    images, *maps = colourful(8), *scene(8, 24, 32)[1:]
+    images = images.contiguous(memory_format=layout)
+    for seed in range(12):
+        order, amounts, sigma, flip = transforms.draw_augmentation(8, rng(seed))
+        new, *new_maps = transforms.augment(images, maps, rng(seed))
+        for b, image in enumerate(images):
+            if (amounts[:, b] != UNCHANGED).any():
+                for change in order:
+                    image = getattr(tv, NAMES[change])(image, float(amounts[change, b]))
+            if sigma[b]:
+                image = tv.gaussian_blur(image, 9, float(sigma[b]))
+            expected = [image, *(x[b] for x in maps)]
+            for x, wanted in zip((new, *new_maps), expected, strict=True):
+                wanted = wanted.flip(-1) if flip[b] else wanted
+                torch.testing.assert_close(x[b], wanted, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("size", [(24, 32), (5, 5)])  # the smallest that the blur can reflect
 def test_augment_leaves_its_arguments_alone_and_follows_the_seed(size):
-    arguments = (colourful(8)[..., : size[0], : size[1]], *scene(8, *size, cell=2)[1:])
-    before = [x.clone() for x in arguments]
-    first, second, other = (transforms.augment(*arguments, rng(seed)) for seed in (9, 9, 10))
-    assert all(torch.equal(a, b) for a, b in zip(before, arguments, strict=True))
+    images, *maps = colourful(8)[..., : size[0], : size[1]], *scene(8, *size, cell=2)[1:]
+    before = [x.clone() for x in (images, *maps)]
+    first, second, other = (transforms.augment(images, maps, rng(seed)) for seed in (9, 9, 10))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0], other[0])
-    for old, new in zip(arguments, first, strict=True):
+    assert second[0].min() >= 0
+    assert second[0].max() <= 1 + 1e-6  # the blur's weights sum to 1 up to rounding
+    for old, new in zip(before, first, strict=True):
         assert new.dtype == old.dtype
         assert new.shape == old.shape
         new.fill_(1)  # the results are new tensors
-    assert all(torch.equal(a, b) for a, b in zip(before, arguments, strict=True))
-    assert second[0].min() >= 0
-    assert second[0].max() <= 1 + 1e-6  # the blur's weights sum to 1 up to rounding
-    assert second[0].isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(before, (images, *maps), strict=True))
 
 
-def test_images_of_a_batch_do_not_influence_each_other():
-    images, labels = colourful(8), scene(8, 24, 32)[1]
-    whole = transforms.augment(images, labels, None, rng(5))[0]
-    for b in range(8):
-        alone = torch.zeros_like(images)
-        alone[b] = images[b]
-        torch.testing.assert_close(transforms.augment(alone, labels, None, rng(5))[0][b], whole[b])
-
-
-# --------------------------------------------------------------- nothing waits for the device
+# ------------------------------------------------------------------------ no synchronisation
 class NoWaiting(TorchDispatchMode):
     """Refuses what would make the host wait for a GPU: reading a value, shapes that depend on
     values."""
@@ -408,7 +396,10 @@ class NoWaiting(TorchDispatchMode):
         }
     )
 
+    operations = 0
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
         name = function.overloadpacket.__name__
         assert name not in self.WAITS, function
         if name in ("index", "index_put", "index_put_"):
@@ -417,14 +408,14 @@ class NoWaiting(TorchDispatchMode):
 
 
 def chain(images, labels, confidence, strategy):
-    """Everything that happens to a batch between the loader and the network; ten images, so that
-    every change is made to some."""
+    """Everything that happens to a batch between the loader and the network."""
     generator = rng(2)
     images = transforms.to_float(images, labels.device)
-    batch = transforms.batch_scale_crop(images, labels, confidence, (64, 64), (0.5, 1.5), generator)
+    maps = with_padding(labels, confidence, sparse=True)
+    view = transforms.batch_scale_crop(images, maps, (64, 64), (0.5, 1.5), generator)
     fill = torch.full((3, 1, 1), 0.5, device=labels.device)
-    mixed = mix(*batch, strategy, fill=fill)
-    images, labels, confidence = transforms.augment(*mixed, generator)
+    images, *maps = mix(*view, strategy, fill=fill)
+    images, labels, confidence = transforms.augment(images, maps, generator)
     small = (16, 16)
     return (
         images,
@@ -437,6 +428,14 @@ def chain(images, labels, confidence, strategy):
 def loaded():
     images, labels, confidence = scene(10)
     return (images * 255).to(torch.uint8), labels, confidence
+
+
+def test_augment_dispatches_few_operations():
+    """A GPU takes longer to start most of them than to run them: no loop over the images."""
+    images, labels, _ = scene(10)
+    with NoWaiting() as mode:
+        transforms.augment(images, [labels, labels], rng())
+    assert mode.operations < 120
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
