@@ -45,8 +45,8 @@ def without_colour(monkeypatch):
     """Augmentation mirrors and does nothing else."""
     from inputs import transforms
 
-    monkeypatch.setattr(transforms, "COLOUR_CHANGES", (lambda image, amount: image,) * 4)
-    monkeypatch.setattr(transforms.tv, "gaussian_blur", lambda image, kernel, sigma: image)
+    monkeypatch.setattr(transforms, "COLOUR_CHANGES", (lambda images, amount: images,) * 4)
+    monkeypatch.setattr(transforms, "blur", lambda images, kernels: images)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
