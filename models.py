@@ -225,7 +225,15 @@ def new_model(
         "size": source.size,
         "arguments": vars(args),
     }
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+    return prepare_training(model, args, accelerator), config
+
+
+def prepare_training(
+    model: DeepLabV3Plus, args: argparse.Namespace, accelerator: Accelerator
+) -> DeepLabV3Plus:
+    """The network on the device, with gradients only where the run trains it."""
+    device = accelerator.device
+    if accelerator.num_processes > 1 and device.type == "cuda":
         # a process has few images: batch statistics are those of all processes. timm's conversion
         # keeps the activations of its own norm layers
         model = convert_sync_batchnorm(model)
@@ -233,8 +241,7 @@ def new_model(
         model.representation.requires_grad_(False)  # distributed training waits for every gradient
     if args.backbone_lr_scale == 0:
         model.freeze_backbone()
-    device = accelerator.device
-    return model.to(device, memory_format=memory_format(device)), config
+    return model.to(device, memory_format=memory_format(device))
 
 
 def init_from(model: DeepLabV3Plus, folder: Path, classes: list[str]) -> None:
