@@ -31,15 +31,13 @@ def build_backbone(
     Returns it, the two widths, and the patch size of a ViT, which must tile the image (else 0).
     Raises UserError for a backbone that does not work or weights that cannot be loaded."""
     options, low_width, high_width, patch = choose_features(name, output_stride, decoder_stride)
-    file = None
-    if pretrained:
-        file = weights or download(name)
-        options |= {
-            "pretrained": True,
-            "pretrained_cfg_overlay": dict(file=file, custom_load=False),
-        }
-    if file and weights:
-        check_weights(file, name)
+    if not pretrained:
+        backbone = timm.create_model(name, features_only=True, **options)
+        return backbone, low_width, high_width, patch
+    if weights:
+        check_weights(weights, name)
+    file = weights or download(name)
+    options |= {"pretrained": True, "pretrained_cfg_overlay": dict(file=file, custom_load=False)}
     try:
         backbone = timm.create_model(name, features_only=True, **options)
     except Exception as error:  # the loader raises many kinds
