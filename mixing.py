@@ -23,9 +23,11 @@ def mix(
 
     images [B, 3, H, W] float; labels [B, H, W] of an integer type, 255 = ignored; confidence
     [B, H, W] float in [0, 1]; others [B, H, W]: more label maps.
-    cutout    removes a random rectangle of half the area: `fill` in the image, ignored, confidence 0
+    fill, a number or [3, 1, 1], is the image's colour where CutOut removes it.
+
+    cutout    removes a random rectangle of half the area: label ignored, confidence 0
     cutmix    takes that rectangle from the next image
-    classmix  keeps a random half (rounded down) of the classes in the label, and takes the rest from
+    classmix  keeps a random half (rounded down) of the classes in the label and takes the rest from
               the next image
     none      changes nothing
     Returns the mixed images, labels, confidence and others. No GPU synchronisation. Raises
@@ -41,7 +43,7 @@ def mix(
 
 
 def mixing_mask(labels: Tensor, strategy: str) -> Tensor:
-    """[B, H, W] bool: True on the pixels that an image keeps."""
+    """[B, H, W] bool: the pixels that an image keeps."""
     if strategy == "classmix":
         return class_mask(labels)
     if strategy in ("cutout", "cutmix"):
@@ -52,9 +54,9 @@ def mixing_mask(labels: Tensor, strategy: str) -> Tensor:
 
 
 def rectangle_mask(batch: int, height: int, width: int, device="cpu") -> Tensor:
-    """[B, H, W] bool: True inside one rectangle per image: half its area, any shape and place.
+    """[B, H, W] bool: the pixels inside one random rectangle per image, of half its area.
 
-    Drawn on the CPU, sent without waiting."""
+    Drawn on the CPU, so that sizes and places need no GPU synchronisation."""
     if width < 2 or height < 2:
         return torch.zeros(batch, height, width, dtype=torch.bool, device=device)
     u = torch.rand(batch, 3)
@@ -71,12 +73,12 @@ def rectangle_mask(batch: int, height: int, width: int, device="cpu") -> Tensor:
 
 
 def class_mask(labels: Tensor) -> Tensor:
-    """[B, H, W] bool: True on a random half (rounded down) of the classes of each label map."""
+    """[B, H, W] bool: the pixels of a random half (rounded down) of the classes of each label."""
     flat = labels.flatten(1).long()
     present = torch.zeros(len(flat), IGNORE + 1, dtype=torch.bool, device=labels.device)
     present.scatter_(1, flat, True)
-    present[:, IGNORE] = False  # padding is no class: it always gives way to the next image
-    # a random order of the present classes: the absent ones get the lowest scores and stand last
+    present[:, IGNORE] = False  # padding is not a class: it is always taken from the next image
+    # a random order of the present classes; absent ones get the lowest scores and come last
     score = torch.rand(present.shape, device=labels.device).masked_fill(~present, -1.0)
     rank = score.argsort(dim=1, descending=True).argsort(dim=1)
     chosen = present & (rank < present.sum(dim=1, keepdim=True) // 2)

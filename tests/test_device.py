@@ -1,12 +1,9 @@
-"""The training steps on a GPU: on one that is not there, and at the end on a real one, if any; and
-what Apple's GPUs are spared.
+"""The training steps on a GPU that does not exist, and at the end on a real one, if there is one.
 
-The first are given tensors that say "cuda" and hold no values.
-
-An operation that brings tensors of two devices together raises, and so does whatever would read a
-value (.item(), nonzero, a boolean mask, an if) and a copy between host and device that is not
-`non_blocking`: on a GPU those make the host wait. Only backward is left out; it needs the real
-device."""
+The first use tensors that say "cuda" and have no values. An operation on tensors of two devices
+raises, and so does whatever makes the CPU wait for a GPU: reading a value (.item(), nonzero, a
+boolean mask, an if) and a copy between CPU and GPU that is not `non_blocking`. Only backward is
+left out; it needs the real device."""
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -22,39 +19,39 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import backbones
 import train_semi
 import train_supervised
 from data import load_source
-from engine import setup
 from inputs import transforms
-from models import DeepLabV3Plus, MeanTeacher
+from models import DeepLabV3Plus, MeanTeacher, new_model
 
 SIZE, CLASSES = 32, 5
-SMALL = ["--channels", "8", "--low-channels", "8", "--rep-dim", "8"]
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # the copy does
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # the deep copy does
 
 
-@pytest.fixture(autouse=True, scope="module")
-def probed_backbone():
-    """What building it finds out with real tensors, which a fake mode refuses, is cached."""
-    DeepLabV3Plus(CLASSES, "test_resnet", pretrained=False)
+@pytest.fixture(autouse=True)
+def probed_backbone(monkeypatch):
+    """The meta device, on which a backbone is probed, does not work within a fake mode."""
+    found = backbones.choose_features("test_resnet", 16, 4)
+    monkeypatch.setattr(backbones, "choose_features", lambda *_: found)
 
 
 class NoGPU(FakeTensorMode):
-    # Also where there is one: torch.tensor would make a real tensor on it, which is not seen here
-    # and cannot be copied with the network.
+    # Also where there is a GPU: torch.tensor would put a real tensor on it, which this mode does
+    # not see and cannot copy with the network.
     avoid_device_init = True
 
 
 def no_values():
     mode = NoGPU()
-    mode.__deepcopy__ = lambda memo: mode  # a copied tensor, the teacher's, is of the same mode
+    mode.__deepcopy__ = lambda memo: mode  # the teacher's tensors, copied, have the same mode
     return mode
 
 
 class NoBlockingCopies(TorchDispatchMode):
-    """Refuses copies between host and device for which the host waits, those of lists and indices
-    included; a number alone is handed over with the kernel."""
+    """Refuses copies between CPU and GPU that make the CPU wait, also those of lists and indices; a
+    single number is passed with the kernel."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -71,35 +68,37 @@ def accelerator(device="cuda"):
         device=torch.device(device),
         autocast=nullcontext,
         backward=lambda loss: None,
-        reduce=lambda count, how: count,
         unwrap_model=lambda model, keep_torch_compile: model,
+        sync_gradients=True,
         optimizer_step_was_skipped=False,
     )
 
 
 def batch(size=SIZE):
-    """On the host, as a loader gives it."""
+    """On the CPU, as a loader returns it."""
     images = torch.empty(2, 3, size, size, dtype=torch.uint8)
     return images, torch.empty(2, size, size, dtype=torch.uint8)
 
 
 def network(args, device="cuda"):
+    rep_dim = 8 if args.reco else None
     with torch.device(device):
-        return DeepLabV3Plus(
-            CLASSES,
-            args.backbone,
-            args.rep_dim if args.reco else None,
-            pretrained=False,
-            channels=args.channels,
-            low_channels=args.low_channels,
-            aspp_rates=args.aspp_rates,
-        )
+        return DeepLabV3Plus(CLASSES, "test_resnet", rep_dim, False, channels=8, low_channels=8)
 
 
-def on_the_device(losses, shown):
-    for value in (*losses.values(), *shown.values()):
-        assert not isinstance(value, torch.Tensor) or value.device.type == "cuda"
-    assert all(loss.shape == () for loss in losses.values())
+def options(script, *words):
+    args = script.parse_options(["--crop-size", str(SIZE), *words])
+    return args, args.label_ratio is not None
+
+
+def draws():
+    return np.random.default_rng(0)
+
+
+def on_the_device(curves, to_plot):
+    leaves = tree_leaves(to_plot) + list(curves.values())
+    assert {x.device.type for x in leaves if isinstance(x, torch.Tensor)} == {"cuda"}
+    assert all(value.shape == () for value in curves.values())
 
 
 OPTIONS = {
@@ -108,7 +107,6 @@ OPTIONS = {
     "cutmix": ["--mixing-strategy", "cutmix", "--reco"],
     "cutout": ["--mixing-strategy", "cutout", "--reco"],
     "not mixed": ["--mixing-strategy", "none", "--reco"],
-    "independent draws": ["--reco", "--reco-sampling", "independent"],
     "random queries and keys": ["--reco", "--reco-random-queries", "--reco-random-keys"],
     "partial labels": ["--reco", "--label-ratio", "p0"],
 }
@@ -116,38 +114,35 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_semi_supervised_step_waits_for_nothing(name):
-    args = train_semi.parse_options([*SMALL, *OPTIONS[name]])
-    args.partial, args.crop_size = args.label_ratio is not None, [SIZE, SIZE]
+    args, partial = options(train_semi, *OPTIONS[name])
     with no_values():
         student = network(args)
         teacher = MeanTeacher(student)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-        parts = student, teacher, optimizer, accelerator(), args, draws()
+        parts = student, teacher, optimizer, accelerator(), args, draws(), partial
         with NoBlockingCopies():
-            losses, shown = train_semi.train_step(batch(), batch(2 * SIZE), *parts)
-        on_the_device(losses, shown)
+            curves, to_plot = train_semi.train_step(batch(), batch(2 * SIZE), *parts)
+        on_the_device(curves, to_plot)
         with pytest.raises(DataDependentOutputException):
-            losses["loss/total"].item()  # the mode does what it is used for
-    assert teacher.step == 1 and shown["images"].shape == (4, 3, SIZE, SIZE)
+            curves["loss/total"].item()  # the mode does what it is used for
+    assert teacher.step == 1
+    assert [tuple(x.shape) for x in to_plot["images"]] == [(2, 3, SIZE, SIZE)] * 2
 
 
-@pytest.mark.parametrize("options", [[], ["--reco"], ["--reco", "--label-ratio", "p1"]])
-def test_a_supervised_step_waits_for_nothing(options):
-    args = train_supervised.parse_options([*SMALL, *options])
-    args.partial = args.label_ratio is not None
+@pytest.mark.parametrize("words", [[], ["--reco"], ["--reco", "--label-ratio", "p1"]])
+def test_a_supervised_step_waits_for_nothing(words):
+    args, partial = options(train_supervised, *words)
     with no_values():
         student = network(args)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        parts = student, optimizer, accelerator(), args, draws(), partial
         with NoBlockingCopies():
-            step = train_supervised.train_step(
-                batch(), student, optimizer, accelerator(), args, draws()
-            )
-        on_the_device(*step)
+            on_the_device(*train_supervised.train_step(batch(), *parts))
 
 
 def test_a_mistake_is_found():
-    """What these tests are for: images that stayed on the host."""
-    args = train_supervised.parse_options(SMALL)
+    """What these tests are for: images that stayed on the CPU."""
+    args, _ = options(train_supervised)
     with no_values(), pytest.raises(RuntimeError, match="cuda"):
         train_supervised.train_step(batch(), network(args), None, accelerator("cpu"), args, draws())
 
@@ -166,13 +161,9 @@ def test_a_copy_that_waits_is_found(mistake):
         mistake(torch.zeros(3, device="cuda"))
 
 
-def draws():
-    return np.random.default_rng(0)
-
-
-# ------------------------------------------------------------------------------------- Apple's GPUs
-class OnApple(torch.Tensor):
-    """Says that it lies on one until it is brought elsewhere."""
+# ------------------------------------------------------------------------- PyTorch bugs on MPS
+class OnMPS(torch.Tensor):
+    """Says that it is on MPS until it is copied elsewhere."""
 
     place = "mps"
 
@@ -183,19 +174,19 @@ class OnApple(torch.Tensor):
     def to(self, device, **options):
         if isinstance(device, torch.dtype):
             return super().to(device)
-        brought = self.clone()
-        brought.place, brought.options = torch.device(device).type, options
-        return brought
+        copied = self.clone()
+        copied.place, copied.options = torch.device(device).type, options
+        return copied
 
 
-def test_copies_to_apple_are_waited_for():
-    host = torch.arange(4).as_subclass(OnApple)
+def test_copies_to_mps_block():
+    on_cpu = torch.arange(4).as_subclass(OnMPS)
     for device, waits in (("mps", True), ("cuda", False), ("cpu", False)):
-        sent = transforms.to_device(host, device)
+        sent = transforms.to_device(on_cpu, device)
         assert sent.place == device and sent.options == {"non_blocking": not waits}
 
 
-def test_known_pixels_of_apple_are_pooled_on_the_cpu(monkeypatch):
+def test_known_pixels_on_mps_are_pooled_on_the_cpu(monkeypatch):
     known = torch.full((1, 5, 7), 255)
     known[0, 1, 1] = 3
     expected = transforms.shrink_known(known, (3, 4))
@@ -206,7 +197,7 @@ def test_known_pixels_of_apple_are_pooled_on_the_cpu(monkeypatch):
         return pool(x, size, **options)
 
     monkeypatch.setattr(transforms.F, "adaptive_max_pool2d", pooled)
-    assert torch.equal(transforms.shrink_known(known.as_subclass(OnApple), (3, 4)), expected)
+    assert torch.equal(transforms.shrink_known(known.as_subclass(OnMPS), (3, 4)), expected)
     assert places == {"cpu"}
     assert transforms.cpu_for_mps(torch.device("cuda")) == torch.device("cuda")
 
@@ -214,21 +205,24 @@ def test_known_pixels_of_apple_are_pooled_on_the_cpu(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "expected"), [("mps", torch.contiguous_format), ("cuda", torch.channels_last)]
 )
-def test_networks_of_apple_are_contiguous(device, expected, monkeypatch):
-    sent = []
-    monkeypatch.setattr(
-        DeepLabV3Plus, "to", lambda self, device, memory_format: sent.append(memory_format) or self
-    )
-    args = train_supervised.parse_options(SMALL)
-    alone = SimpleNamespace(device=torch.device(device), num_processes=1)
-    setup.new_model(args, load_source("street", None), alone)
-    assert sent == [expected]
+def test_networks_on_mps_are_contiguous(device, expected, monkeypatch):
+    formats = []
+
+    def to(self, device, memory_format):
+        formats.append(memory_format)
+        return self
+
+    monkeypatch.setattr(DeepLabV3Plus, "to", to)
+    args, _ = options(train_supervised)
+    single = SimpleNamespace(device=torch.device(device), num_processes=1)
+    new_model(args, load_source("street", None), single)
+    assert formats == [expected]
 
 
 # ------------------------------------------------------------------------------------ with values
 @pytest.fixture
 def no_state():
-    """Accelerate's state belongs to the process; another test's device is not this one's."""
+    """Accelerate's state is global; another test may have used another device."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -241,7 +235,7 @@ def real_accelerator(request, device, no_state):
 
 @contextmanager
 def no_waiting(device):
-    """An error, on a GPU, where the host waits for it."""
+    """On a GPU, an error where the CPU waits for it."""
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -260,31 +254,28 @@ def real_batch(device, size=SIZE):
 
 @pytest.mark.parametrize("name", ["supervised", "supervised + ReCo", *OPTIONS])
 def test_a_real_step_learns_and_waits_for_nothing(name, device, real_accelerator):
-    semi, options = name in OPTIONS, OPTIONS.get(name, ["--reco"] if "ReCo" in name else [])
-    args = (train_semi if semi else train_supervised).parse_options([*SMALL, *options])
-    args.partial, args.crop_size = args.label_ratio is not None, [SIZE, SIZE]
+    semi, words = name in OPTIONS, OPTIONS.get(name, ["--reco"] if "ReCo" in name else [])
+    args, partial = options(train_semi if semi else train_supervised, *words)
     torch.manual_seed(0)
     model = network(args, "cpu").to(device)
     teacher = MeanTeacher(model)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     student, optimizer = real_accelerator.prepare(model, sgd)
     labelled, unlabelled = real_batch(device), real_batch(device, 2 * SIZE)
-    if not args.partial:
+    if not partial:
         unlabelled[1].fill_(255)
 
     def step():
+        common = optimizer, real_accelerator, args, draws(), partial
         if semi:
-            step = train_semi.train_step
-            parts = labelled, unlabelled, student, teacher, optimizer
-        else:
-            step, parts = train_supervised.train_step, (labelled, student, optimizer)
-        return step(*parts, real_accelerator, args, draws())
+            return train_semi.train_step(labelled, unlabelled, student, teacher, *common)
+        return train_supervised.train_step(labelled, student, *common)
 
     step()  # the first one may wait: memory is taken, algorithms are chosen
     with no_waiting(device):
-        losses, shown = step()
-    assert all(loss.isfinite() and loss.device.type == device for loss in losses.values())
-    assert shown["images"].device.type == device
+        curves, to_plot = step()
+    assert all(value.isfinite() and value.device.type == device for value in curves.values())
+    assert {images.device.type for images in to_plot["images"]} == {device}
     for parameter in model.parameters():
         gradient = sgd.state[parameter]["momentum_buffer"]
         assert gradient.any() and gradient.isfinite().all()
@@ -294,8 +285,7 @@ def test_a_real_step_learns_and_waits_for_nothing(name, device, real_accelerator
 def test_fp16_skips_a_step_that_overflows(no_state):
     too_much = GradScalerKwargs(init_scale=2.0**100)
     accelerator = Accelerator(mixed_precision="fp16", kwargs_handlers=[too_much])
-    args = train_semi.parse_options([*SMALL, "--reco"])
-    args.partial, args.crop_size = False, [SIZE, SIZE]
+    args, _ = options(train_semi, "--reco")
     model = network(args, "cpu").cuda()
     teacher = MeanTeacher(model)
     student, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))

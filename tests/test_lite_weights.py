@@ -1,4 +1,4 @@
-"""The example that writes pretrained weights from a package: they know what is on a photograph."""
+"""The example that writes pretrained weights from a package: they classify photographs."""
 
 import subprocess
 import sys
@@ -36,13 +36,13 @@ def weights(tmp_path_factory):
 @pytest.mark.parametrize(("name", "expected"), [("china.jpg", 698), ("flower.jpg", 985)])
 def test_they_classify_a_photograph(weights, name, expected):
     """ImageNet's classes palace and daisy."""
-    datasets = pytest.importorskip("sklearn.datasets", reason="the pictures are scikit-learn's")
+    datasets = pytest.importorskip("sklearn.datasets", reason="the images are scikit-learn's")
     transform = timm.data.create_transform(224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    picture = transform(Image.fromarray(datasets.load_sample_image(name)))
+    image = transform(Image.fromarray(datasets.load_sample_image(name)))
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(load_file(weights))
     with torch.no_grad():
-        first = model(picture[None]).topk(3).indices[0].tolist()
+        first = model(image[None]).topk(3).indices[0].tolist()
     assert expected in first
 
 
@@ -55,7 +55,7 @@ def test_the_larger_networks(tmp_path, lite):
     file = tmp_path / "larger.safetensors"
     done = start(file, "--lite", lite)
     assert done.returncode == 0, done.stderr
-    build_backbone(f"tf_efficientnet_lite{lite}", True, 16, 4, str(file))  # refuses what misfits
+    build_backbone(f"tf_efficientnet_lite{lite}", True, 16, 4, str(file))  # must fit
 
 
 def test_they_are_backbone_weights(weights):

@@ -1,4 +1,4 @@
-"""CutOut, CutMix, ClassMix: what is kept, what comes from where; all three follow one mask."""
+"""CutOut, CutMix, ClassMix: what is kept and where the rest comes from; one mask for everything."""
 
 import itertools
 from collections import Counter
@@ -11,9 +11,9 @@ from mixing import STRATEGIES, class_mask, mix, rectangle_mask
 
 
 def batch(size=4, height=24, width=36, classes=6, ignored=0.1):
-    """Images whose three channels tell of every pixel which image, row and column it came from.
+    """Images whose three channels are the image, row and column that each pixel came from.
 
-    Label and confidence follow from them."""
+    Label and confidence are functions of them."""
     torch.manual_seed(0)
     ranges = [torch.arange(n) for n in (size, height, width)]
     b, y, x = torch.meshgrid(*ranges, indexing="ij")
@@ -25,13 +25,14 @@ def batch(size=4, height=24, width=36, classes=6, ignored=0.1):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_the_three_follow_one_mask(strategy, size, device):
+def test_everything_follows_one_mask(strategy, size, device):
     images, label, confidence = batch(size)
-    given = [x.to(device) for x in (images, label, confidence)]
+    known = torch.where(torch.rand(label.shape) < 0.8, IGNORE, label.flip(0))  # another label map
+    given = [x.to(device) for x in (images, label, confidence, known)]
     before = [t.clone() for t in given]
-    mixed = mix(*given, strategy, fill=-1.0)
-    assert all(map(torch.equal, before, given))  # the arguments are left alone
-    new_images, new_label, new_confidence = (x.cpu() for x in mixed)
+    mixed = mix(*given[:3], strategy, -1.0, given[3], given[3].byte())
+    assert all(map(torch.equal, before, given))  # the arguments do not change
+    new_images, new_label, new_confidence, *others = (x.cpu() for x in mixed)
     removed = new_images[:, 0] == -1
     origin = new_images[:, 0].long().clamp_min(0)
     rows, columns = torch.meshgrid(torch.arange(24), torch.arange(36), indexing="ij")
@@ -42,7 +43,12 @@ def test_the_three_follow_one_mask(strategy, size, device):
     assert torch.equal(new_images[:, 1:], unmoved)
     assert torch.equal(new_label, torch.where(removed, IGNORE, label[origin, rows, columns]))
     assert torch.equal(new_confidence, torch.where(removed, 0.0, confidence[origin, rows, columns]))
+    expected = torch.where(removed, IGNORE, known[origin, rows, columns])
+    assert torch.equal(others[0], expected) and torch.equal(others[1], expected.byte())
     assert removed.any() == (strategy == "cutout")
+    assert (origin != own).any() == (
+        size > 1 and strategy in ("cutmix", "classmix")
+    ) or removed.any()
 
 
 def test_cutout_fills_and_forgets_half():
@@ -71,7 +77,7 @@ SIZES = [(64, 64), (321, 321), (33, 47), (2, 2), (3, 100), (100, 3), (1, 5)]
 
 
 @pytest.mark.parametrize("height, width", SIZES)
-def test_rectangle_is_half_the_area_wherever_it_lies(height, width):
+def test_rectangle_is_half_the_area(height, width):
     torch.manual_seed(1)
     masks = rectangle_mask(400, height, width)
     if min(height, width) < 2:
@@ -118,7 +124,7 @@ def test_classmix_chooses_at_random():
 
 
 @pytest.mark.parametrize("value", [4, IGNORE])
-def test_classmix_of_one_class_or_none_gives_way_to_the_next(value):
+def test_classmix_takes_the_next_image_if_there_are_fewer_than_two_classes(value):
     images, label, confidence = batch(2)
     label[0] = value
     new_images, new_label, _ = mix(images, label, confidence, "classmix")

@@ -1,7 +1,10 @@
-"""The network, the teacher and the losses against the reference's numbers (tests/golden) and on
-every family of backbones."""
+"""The network and the teacher against the reference's numbers (tests/golden), the start of a run,
+and a trained network: loaded from a folder, saved for the Hub, which is never asked."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-import train_semi
+import models
 import train_supervised
-from engine import options, setup
+import trees
+from data import RECIPES, load_source
+from engine import setup
+from engine.checkpoint import write_weights
+from engine.options import parse, training_parser
 from inputs.errors import UserError
 from models import DeepLabV3Plus, MeanTeacher, convert_reco_checkpoint
+from reco import supervised_loss, unsupervised_loss
 
+ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -40,6 +49,7 @@ def published_weights() -> dict[str, torch.Tensor]:
     return state
 
 
+# --------------------------------------------------------------------------- network and teacher
 def test_golden_forward():
     golden = np.load(GOLDEN / "deeplabv3plus_forward.npz")
     bare = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # the reference normalises elsewhere
@@ -64,153 +74,169 @@ def test_golden_teacher_and_rate():
     rates = [setup.learning_rate(2.5e-3, epoch, 200) for epoch in range(200)]
     np.testing.assert_allclose(rates, golden["poly_lr_per_epoch"], rtol=1e-12)
     assert setup.learning_rate(2.5e-3, 200, 200) == 1e-6
-    assert setup.learning_rate(1e-7, 100, 200) == 1e-7  # an explicit one is never raised
-
-
-def test_teacher_averages_parameters_only():
-    student = torch.nn.BatchNorm1d(2)
-    teacher = MeanTeacher(student)
-    student.running_mean.fill_(5)
-    teacher.update(student)
-    assert teacher.model.running_mean.eq(0).all() and teacher.model.training
-    teacher.copy_statistics(student)
-    assert teacher.model.running_mean.eq(5).all()
-    assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert setup.learning_rate(1e-7, 100, 200) == 1e-7  # a smaller rate is not raised
 
 
 def test_golden_unsupervised_loss():
     golden = np.load(GOLDEN / "unsupervised_loss.npz")
     target = torch.from_numpy(golden["target"])
     target[target < 0] = 255
-    loss, eta = train_semi.unsupervised_loss(
-        torch.from_numpy(golden["logits"]),
-        target,
-        torch.from_numpy(golden["confidence"]),
-        float(golden["strong_threshold"]),
-    )
+    logits, confidence = (torch.from_numpy(golden[name]) for name in ("logits", "confidence"))
+    threshold = float(golden["strong_threshold"])
+    loss, eta = unsupervised_loss(logits, target, confidence, threshold)
     assert abs(loss.item() - float(golden["loss"])) < 1e-6 and eta.shape == (3,)
 
 
 def test_losses_of_an_ignored_batch_are_zero_and_connected():
     logits = torch.randn(2, 3, 5, 5, requires_grad=True)
     label = torch.full((2, 5, 5), 255)
-    loss = train_semi.unsupervised_loss(logits, label, torch.zeros(2, 5, 5), 0.97)[
-        0
-    ] + train_supervised.supervised_loss(logits, label)
+    unsupervised, _ = unsupervised_loss(logits, label, torch.zeros(2, 5, 5), 0.97)
+    loss = unsupervised + supervised_loss(logits, label)
     loss.backward()
     assert loss.item() == 0 and logits.grad.eq(0).all()
 
 
-@pytest.mark.parametrize(
-    "backbone",
-    [
-        "resnet18",
-        "regnety_002",
-        "test_efficientnet",
-        "mobilenetv3_small_050",
-        "convnext_atto",
-        "test_vit",
-        "vit_tiny_patch16_224",
-        "test_resnet",
-    ],
-)
-def test_backbones(backbone):
-    model = DeepLabV3Plus(3, backbone, rep_dim=8, pretrained=False, channels=16, low_channels=8)
-    logits, rep = model(torch.randn(2, 3, 65, 97))
-    assert logits.shape == (2, 3, 17, 25) and rep.shape == (2, 8, 17, 25)
-    (logits.sum() + rep.sum()).backward()
-    assert all(
-        p.grad is not None
-        for name, p in model.named_parameters()
-        if not name.startswith("backbone.")
-    )
-
-
-@pytest.mark.parametrize("backbone", ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3"])
-def test_dino(backbone):
-    with torch.no_grad():
-        logits, rep = DeepLabV3Plus(
-            2, backbone, rep_dim=None, pretrained=False, channels=8, low_channels=8
-        ).eval()(torch.randn(1, 3, 50, 65))
-    assert logits.shape == (1, 2, 13, 17) and rep is None
-
-
-@pytest.mark.parametrize(
-    "backbone",
-    ["swin_tiny_patch4_window7_224", "coatnet_0_224", "resnot50", "resnet101.nonsense"],
-)
-def test_backbones_that_cannot_work_are_refused_in_one_line(backbone):
-    with pytest.raises(UserError) as error:
-        DeepLabV3Plus(2, backbone, pretrained=False)
-    assert backbone in str(error.value) and "\n" not in str(error.value)
-    assert "resnet" in str(error.value)
-
-
-@pytest.mark.parametrize("backbone", ["densenet121", "vgg11", "hrnet_w18_small", "dla34"])
-def test_backbones_without_an_output_stride_take_32(backbone):
-    """The last two put their stages together, which only fit where 32 divides the sides. A part of
-    HRNet leads to no feature; distributed training would wait for its gradient."""
-    shape = dict(rep_dim=8, pretrained=False, channels=8, low_channels=8)
-    model = DeepLabV3Plus(4, backbone, **shape).eval()
-    logits, rep = model(torch.rand(1, 3, 65, 97))
-    assert logits.shape == (1, 4, 17, 25) and rep.shape == (1, 8, 17, 25)
-    with pytest.raises(UserError, match="at output stride 16"):
-        DeepLabV3Plus(4, backbone, output_stride=16, **shape)
-    (logits.sum() + rep.sum()).backward()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert all(parameter.grad is not None for parameter in trained)
-    assert (len(trained) < len(list(model.parameters()))) == backbone.startswith("hrnet")
-
-
-def test_pretrained_weights_offline_are_one_line():
-    with pytest.raises(UserError) as error:
-        DeepLabV3Plus(2, "resnet18")
-    assert "--no-pretrained" in str(error.value) and "\n" not in str(error.value)
+def test_teacher_averages_only_parameters():
+    student = torch.nn.BatchNorm1d(2)
+    teacher = MeanTeacher(student)
+    student.running_mean.fill_(5)
+    teacher.update(student)
+    assert teacher.model.running_mean.eq(0).all() and teacher.model.training
+    teacher.update(student, statistics=True)
+    assert teacher.model.running_mean.eq(5).all() and teacher.step == 2
+    assert not any(p.requires_grad for p in teacher.model.parameters())
 
 
 def test_decoder_at_stride_2():
-    logits, _ = DeepLabV3Plus(
-        4,
-        "test_resnet",
-        rep_dim=8,
-        pretrained=False,
-        output_stride=8,
-        decoder_stride=2,
-        channels=16,
-        low_channels=8,
-        aspp_rates=(1, 2, 3),
-    )(torch.randn(2, 3, 64, 48))
-    assert logits.shape == (2, 4, 32, 24)
+    shape = dict(channels=16, low_channels=8, aspp_rates=(1, 2, 3))
+    model = DeepLabV3Plus(4, "test_resnet", None, False, output_stride=8, decoder_stride=2, **shape)
+    logits, rep = model(torch.rand(2, 3, 64, 48))
+    assert logits.shape == (2, 4, 32, 24) and rep is None
+    assert model.backbone.feature_info.reduction() == [2, 8]
+
+
+def test_mean_and_std_as_arrays():
+    mean, std = np.zeros(3), np.full(3, 0.5)
+    model = DeepLabV3Plus(2, "test_resnet", None, False, mean, std, channels=8, low_channels=8)
+    assert model.mean.flatten().tolist() == [0, 0, 0] and model.std.dtype == torch.float32
+    assert model.std.flatten().tolist() == [0.5] * 3
+    assert model.eval()(torch.rand(1, 3, 33, 40))[0].shape == (1, 2, 9, 10)
+
+
+# ------------------------------------------------------------------------------ start of a run
+def start(*words: str, processes: int = 1, device: str = "cpu") -> tuple[DeepLabV3Plus, dict]:
+    args = parse(training_parser("", "train_supervised.py", RECIPES), RECIPES, [*words])
+    accelerator = SimpleNamespace(num_processes=processes, device=torch.device(device))
+    return models.new_model(args, load_source("street", None), accelerator)
+
+
+def test_a_backbone_that_cannot_be_dilated_is_noted(capsys):
+    words = ["--backbone", "vgg11", "--channels", "8", "--decoder-stride", "4"]
+    model, config = start(*words)
+    line = "note: --backbone vgg11 cannot be dilated: its output stride is 32\n"
+    assert line in capsys.readouterr().out
+    assert config["model"]["output_stride"] == 8  # what the recipe asks for
+    models.Segmenter(config).load_state_dict(model.state_dict())
+    assert capsys.readouterr().out == ""  # only at the start of a run
+    with pytest.raises(UserError, match="--crop-size 31 48"):
+        start(*words, "--crop-size", "31", "48")
 
 
 def test_synchronised_batch_norm_keeps_the_network(monkeypatch):
-    """timm's norm layers hold an activation, which torch's own converter drops."""
+    """timm's norm layers have an activation, which torch's own converter drops."""
     monkeypatch.setattr(DeepLabV3Plus, "to", lambda model, *place, **options: model)  # no GPU here
-    words = ["--backbone", "test_efficientnet", "--channels", "8", "--low-channels", "8"]
-    args = options.parse(options.training_parser("", "train_supervised.py"), words)
-    source = SimpleNamespace(classes=["a", "b", "c"], palette=[(0, 0, 0)] * 3, size=None)
-
-    def network(processes: int, device: str) -> torch.nn.Module:
-        accelerator = SimpleNamespace(num_processes=processes, device=torch.device(device))
-        return setup.new_model(args, source, accelerator)[0].eval()
+    words = ["--backbone", "test_efficientnet", "--channels", "8"]
 
     def synchronised(model: torch.nn.Module) -> bool:
         return any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())
 
-    plain, converted = network(1, "cuda"), network(2, "cuda")
+    plain, converted, on_cpu = (
+        start(*words, processes=processes, device=device)[0].eval()
+        for processes, device in ((1, "cuda"), (2, "cuda"), (2, "cpu"))
+    )
     assert synchronised(converted)
     assert not any(type(m) is torch.nn.BatchNorm2d for m in converted.modules())
-    assert not synchronised(plain) and not synchronised(network(2, "cpu"))
+    assert not synchronised(plain) and not synchronised(on_cpu)
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(converted(x)[0], plain(x)[0])
 
 
-def test_mean_and_std_follow_pretrained():
-    """As positions, and as arrays of any kind."""
-    mean, std = np.zeros(3), np.full(3, 0.5)
-    model = DeepLabV3Plus(2, "test_resnet", None, False, mean, std, channels=8, low_channels=8)
-    plain = DeepLabV3Plus(2, "test_resnet", None, False, (0, 0, 0), (1, 1, 1), channels=8)
-    assert model.mean.flatten().tolist() == [0, 0, 0] and model.std.dtype == torch.float32
-    assert model.std.flatten().tolist() == [0.5] * 3 and plain.std.flatten().tolist() == [1] * 3
-    assert model.eval()(torch.rand(1, 3, 33, 40))[0].shape == (1, 2, 9, 10)
+@pytest.mark.parametrize("theirs", ["reconet", "deeplabv3plus"])
+@pytest.mark.parametrize("ours", ["reconet", "deeplabv3plus"])
+def test_init_from_takes_every_weight_that_both_have(tmp_path, ours, theirs):
+    run = tmp_path / "run"
+    run.mkdir()
+    model, config = start("--model", theirs, "--seed", "1")
+    write_weights(run, model)
+    config["arguments"] |= {"mixed_precision": "no"}
+    (run / "config.json").write_text(json.dumps(config))
+    fresh = start("--model", ours)[0].state_dict()
+    trained = start("--model", ours, "--init-from", str(run))[0].state_dict()
+    given = model.state_dict()
+    assert trained.keys() == fresh.keys()
+    for key, value in trained.items():
+        assert torch.equal(value, given.get(key, fresh[key])), key
+
+
+# --------------------------------------------------------------------------- a trained network
+TINY = """--dataset folder --recipe street --batch-size 2 --channels 8 --crop-size 32
+    --log-with none --num-workers 0 --iterations 1"""
+
+
+@pytest.fixture
+def run(script, tmp_path):
+    data = trees.folder(tmp_path / "data", size=(32, 40))
+    words = [*TINY.split(), "--data-path", data, "--num-labeled", "4", "--out-dir"]
+    status, _, err = script(train_supervised, *words, tmp_path / "run")
+    assert status == 0, err
+    return tmp_path / "run"
+
+
+def test_a_network_is_saved_and_loaded_as_on_the_hub(run, tmp_path):
+    model, image = models.load(run), np.random.randint(0, 255, (40, 50, 3), np.uint8)
+    folder = tmp_path / "repository"
+    model.save_pretrained(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors"]
+    for again in (models.load(folder), models.Segmenter.from_pretrained(folder)):
+        assert not again.training and again.classes == model.classes
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+        assert (again.predict(image) == model.predict(image)).all()
+    text = (folder / "config.json").read_text()
+    assert str(tmp_path) not in text and "data_path" not in text  # nothing of this machine
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: image-segmentation" in card and "models.load(" in card
+
+
+def test_a_name_of_two_parts_is_looked_up_on_the_hub(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(models, "fetch", lambda name: asked.append(name) or run)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert models.load("somebody/streets").classes and asked == ["somebody/streets"]
+    for name in ("runs/typo", "typo", "/absent/run", "a/b/c", "../absent", "./absent"):
+        with pytest.raises(UserError, match="no such run folder"):
+            models.load(name)
+    assert len(asked) == 1
+
+
+def test_without_a_connection_the_hub_is_its_cache_or_one_line(run, tmp_path):
+    cache, commit = tmp_path / "hub" / "models--somebody--streets", "0" * 40
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    (cache / "snapshots").mkdir()
+    models.load(run).save_pretrained(cache / "snapshots" / commit)
+    program = "import models\nprint(models.load('somebody/streets').classes)\nmodels.load('a/b')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+        | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() == str(models.load(run).classes)
+    last = done.stderr.splitlines()[-1]
+    assert "a/b: no such folder, and downloading it from the Hub failed" in last
