@@ -191,8 +191,6 @@ def new_model(
 ) -> tuple[DeepLabV3Plus, dict]:
     """Build the network on the device, and its config entry. fresh: with initial weights; False
     if a checkpoint will replace them."""
-    sides = " ".join(map(str, args.crop_size))
-    need(min(args.crop_size) >= 32, f"--crop-size {sides}: backbones require 32 or more")
     torch.manual_seed(args.seed)
     shape = dict(
         num_classes=len(source.classes),

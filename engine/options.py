@@ -433,8 +433,8 @@ def micro_batches() -> int:
 def check_values(args: argparse.Namespace) -> None:
     """UserError for values with which a run cannot work."""
     need(
-        len(args.crop_size) <= 2 and min(args.crop_size) >= 16,
-        f"--crop-size {' '.join(map(str, args.crop_size))}: one side or height and width, 16 or "
+        len(args.crop_size) <= 2 and min(args.crop_size) >= 32,
+        f"--crop-size {' '.join(map(str, args.crop_size))}: one side or height and width, 32 or "
         "more",
     )
     low, high = args.scale

@@ -21,7 +21,6 @@ from engine.checkpoint import write_weights
 from engine.options import parse, training_parser
 from inputs.errors import UserError
 from models import DeepLabV3Plus, MeanTeacher, convert_reco_checkpoint
-from reco import supervised_loss, unsupervised_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -75,25 +74,6 @@ def test_golden_teacher_and_rate():
     np.testing.assert_allclose(rates, golden["poly_lr_per_epoch"], rtol=1e-12)
     assert setup.learning_rate(2.5e-3, 200, 200) == 1e-6
     assert setup.learning_rate(1e-7, 100, 200) == 1e-7  # a smaller rate is not raised
-
-
-def test_golden_unsupervised_loss():
-    golden = np.load(GOLDEN / "unsupervised_loss.npz")
-    target = torch.from_numpy(golden["target"])
-    target[target < 0] = 255
-    logits, confidence = (torch.from_numpy(golden[name]) for name in ("logits", "confidence"))
-    threshold = float(golden["strong_threshold"])
-    loss, eta = unsupervised_loss(logits, target, confidence, threshold)
-    assert abs(loss.item() - float(golden["loss"])) < 1e-6 and eta.shape == (3,)
-
-
-def test_losses_of_an_ignored_batch_are_zero_and_connected():
-    logits = torch.randn(2, 3, 5, 5, requires_grad=True)
-    label = torch.full((2, 5, 5), 255)
-    unsupervised, _ = unsupervised_loss(logits, label, torch.zeros(2, 5, 5), 0.97)
-    loss = unsupervised + supervised_loss(logits, label)
-    loss.backward()
-    assert loss.item() == 0 and logits.grad.eq(0).all()
 
 
 def test_teacher_averages_only_parameters():

@@ -144,7 +144,7 @@ def test_the_help_shows_the_defaults_of_the_recipes(capsys):
     [
         (["--init-from", ""], "--init-from: the value is empty"),
         (["--batch-size", "1099511627776"], "is not an integer from 1 to 65536"),
-        (["--crop-size", "8"], "--crop-size 8 8: one side or height and width, 16 or more"),
+        (["--crop-size", "8"], "--crop-size 8 8: one side or height and width, 32 or more"),
         (["--scale", "2", "1"], "--scale 2.0 1.0: MIN must not exceed MAX"),
     ],
 )

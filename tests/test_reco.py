@@ -113,6 +113,28 @@ def assert_same_distribution(a, b, rms_limit=1.3):
     return z, rms
 
 
+# ---------------------------------------------------------------- the other two losses
+
+
+def test_golden_unsupervised_loss():
+    golden = np.load(GOLDEN.with_name("unsupervised_loss.npz"))
+    target = torch.from_numpy(golden["target"])
+    target[target < 0] = 255
+    logits, confidence = (torch.from_numpy(golden[name]) for name in ("logits", "confidence"))
+    threshold = float(golden["strong_threshold"])
+    loss, eta = unsupervised_loss(logits, target, confidence, threshold)
+    assert abs(loss.item() - float(golden["loss"])) < 1e-6 and eta.shape == (3,)
+
+
+def test_losses_of_an_ignored_batch_are_zero_and_connected():
+    logits = torch.randn(2, 3, 5, 5, requires_grad=True)
+    label = torch.full((2, 5, 5), 255)
+    unsupervised, _ = unsupervised_loss(logits, label, torch.zeros(2, 5, 5), 0.97)
+    loss = unsupervised + supervised_loss(logits, label)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.eq(0).all()
+
+
 # ---------------------------------------------------------------- golden data
 
 

@@ -27,7 +27,8 @@ class Step:
     done with them."""
 
     def __init__(self, *words, known=None, sure=4.0, partial=False, side=16, seed=0, sync=True):
-        args = train_semi.parse_options(["--crop-size", "16", "--scale", "1", "1", *words])
+        args = train_semi.parse_options(["--scale", "1", "1", *words])
+        args.crop_size = [16, 16]
         self.events, self.seen, self.out = [], [], []
         torch.manual_seed(0)
         labelled, unlabelled = (
