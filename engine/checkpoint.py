@@ -242,7 +242,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], origin) -> None:
-    """Load all weights into the model. UserError where names or shapes do not fit, or a value is NaN
+    """Load all weights into the model; UserError where names or shapes differ, or a value is NaN
     or infinite; `origin` is their name in the message."""
     own = model.state_dict()
     odd = [

@@ -145,10 +145,9 @@ class Stop:
 
 
 class Output:
-    """Standard output or standard error that may be closed (`>&-`) or lose its reader (`| tee` that
-    ended, a closed terminal). When the reader is lost, the rest is dropped and the script is asked
-    to stop, as by SIGTERM: a training run saves its state. What the encoding of the terminal or
-    the log cannot show is written as \\x.."""
+    """Standard output or standard error, which may be closed (`>&-`) or lose its reader (`| tee`
+    that ended, a closed terminal). What nobody can read is dropped, and a run in its steps stops,
+    as by SIGTERM. Characters that a terminal or a log cannot show are written as \\x.."""
 
     def __init__(self, stream: "TextIO | Output | None"):
         self.stream = stream.stream if isinstance(stream, Output) else stream
@@ -175,8 +174,9 @@ class Output:
 
     def lose(self, error: OSError) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        report(f"the output cannot be written ({error.strerror}); stopping")
-        signal.raise_signal(signal.SIGTERM)
+        report(f"the output cannot be written ({error.strerror})")
+        if _own_errors and callable(signal.getsignal(signal.SIGTERM)):  # there is a state to save
+            signal.raise_signal(signal.SIGTERM)
 
 
 # ------------------------------------------------------------------------------------ ends of a run
