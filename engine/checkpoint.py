@@ -155,13 +155,13 @@ FIELDS = {
     "palette": (list_of(list_of(integer(0, 255), 3)), "a list of colours"),
     "crop_size": (list_of(count, 2), "[height, width]"),
     "model.num_classes": (integer(1, 255), "the number of classes"),
-    "model.backbone": (is_text, "a name"),
     "arguments.dataset": (is_text, "a name"),
     "arguments.script": (is_text, "a name"),
 }
 OPTIONAL = {
     "size": (list_of(count, 2), "[height, width]"),
     "arguments.max_size": (count, "an integer above 0"),
+    "model.backbone": (is_text, "a name"),
     "model.rep_dim": (count, "an integer above 0"),
     "model.output_stride": (count, "an integer above 0"),
     "model.decoder_stride": (count, "an integer above 0"),
