@@ -218,6 +218,21 @@ def test_too_little_shared_memory_is_one_line(folder):
         list(loader)
 
 
+DISK = """
+import os, time
+from PIL import Image
+
+image_open = Image.open
+
+def wait(*args, **options):
+    while os.path.exists({gone!r}):
+        time.sleep(1)
+    return image_open(*args, **options)
+
+Image.open = wait
+"""
+
+
 @linux
 def test_killed_and_silent_loaders_are_one_line_and_the_run_resumes(folder, tmp_path):
     out_dir = tmp_path / "run"
@@ -232,10 +247,11 @@ def test_killed_and_silent_loaders_are_one_line_and_the_run_resumes(folder, tmp_
 
     state = out_dir / "checkpoint" / "state.pt"
     written = state.stat().st_mtime_ns
-    with Run(*words, "--resume", RECO_TIMEOUT="8") as run:
+    gone = tmp_path / "gone"
+    (tmp_path / "sitecustomize.py").write_text(DISK.format(gone=str(gone)))
+    with Run(*words, "--resume", RECO_TIMEOUT="8", PYTHONPATH=str(tmp_path)) as run:
         run.until(lambda: state.stat().st_mtime_ns > written)
-        for pid in run.workers():  # as if the disk were gone
-            os.kill(pid, signal.SIGSTOP)
+        gone.touch()
         status, lines = run.ends()
         assert status == 2 and len(lines) == 1, lines
         assert "nothing was read for 8 s (" in lines[0] and " loader, batch " in lines[0]

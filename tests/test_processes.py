@@ -166,16 +166,21 @@ def test_compile_without_a_compiler_is_one_line(data, tmp_path):
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron is not installed"),
         ({"ACCELERATE_DYNAMO_BACKEND": "bogus"}, "BOGUS"),
         ({"ACCELERATE_USE_CPU": "maybe"}, "maybe"),
-        (
-            {"ACCELERATE_USE_CPU": "0", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
-            "2 processes were launched, but Accelerate sees 1: without GPUs set ACCELERATE_USE_CPU",
-        ),
     ],
 )
 def test_settings_that_cannot_work_are_one_line(settings, reason, tmp_path):
     done = fork("train_supervised.py", "--out-dir", tmp_path / "run", **settings)
     assert done.returncode == 2 and reason in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(tmp_path):
+    """For GPUs on a machine without one: each would be a run of its own, in one folder."""
+    words = ["train_supervised.py", "--out-dir", tmp_path / "run"]
+    done = run_script(*words, processes=2, ACCELERATE_USE_CPU="0")
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("train_supervised.py: ")]
+    assert "2 processes were launched, but Accelerate sees 1: without GPUs set ACCELERATE" in line
+    assert done.returncode and not (tmp_path / "run").exists()
 
 
 # --------------------------------------------------------------------------------------- the output
