@@ -1,4 +1,4 @@
-"""What the loaders read, in which order, and in which processes."""
+"""The loaders: which images they read, in which order, and in which processes."""
 
 import contextlib
 import itertools
@@ -20,16 +20,18 @@ from inputs.labels import partial_label
 from inputs.source import Sample, Source, is_sparse
 from inputs.transforms import random_scale_crop, reflect_pad
 
-POLL = 5  # seconds between two looks at whether the loader processes are alive
-# what PyTorch says of it, by version
-NO_SHARED_MEMORY = re.compile(r"shared memory\(shm\)|unable to (write|mmap|resize).* file <")
+POLL = 5  # seconds between two checks that the loader processes are alive
+# PyTorch's messages, by version, where a process was killed or shared memory is full
+LOST = re.compile(
+    r"exited unexpectedly|shared memory\(shm\)|unable to (write|mmap|resize).* file <"
+)
 
 
 # ------------------------------------------------------------------------------------------- images
 class TrainingCrops(Dataset):
     """Random scale and crop of image and label at training resolution, optionally with most of the
-    label hidden. An item is asked for by (index, seed), the seed of its draws: a pure function of
-    the two, in whichever process."""
+    label hidden. An item is a pure function of its key (index, seed of its draws), in any
+    process."""
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class TrainingCrops(Dataset):
 
 
 class EvaluationImages(Dataset):
-    """Whole images with their labels, padded where the data set's protocol asks for it."""
+    """Whole images with their labels, padded where the data set's protocol requires it."""
 
     def __init__(self, source: Source, samples: list[Sample], full_resolution: bool = False):
         self.source, self.samples, self.full_resolution = source, samples, full_resolution
@@ -70,8 +72,8 @@ class EvaluationImages(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Image uint8 [3, H, W], label uint8 [H, W] (255 = not labelled), and their height and
-        width before they were padded on the right and below."""
+        """Image uint8 [3, H, W], label uint8 [H, W] (255 = not labelled), and [height, width]
+        before padding on the right and below."""
         image, label = self.source.read(self.samples[index], self.full_resolution)
         size = torch.tensor(label.shape)
         if self.source.eval_pad and not self.full_resolution:
@@ -84,9 +86,10 @@ class EvaluationImages(Dataset):
 
 # -------------------------------------------------------------------------------------------- order
 class StepSampler:
-    """Batches of (index, seed) for TrainingCrops: images drawn with replacement, as a pure function
-    of (seed, stream, step). Every rank draws the same global batch and takes its share, so order
-    survives any crash and any number of loader processes."""
+    """Batches of (index, seed) for TrainingCrops, one per micro-step from `start` to `stop` (see
+    `training_loader`): images drawn with replacement, as a pure function of (seed, stream,
+    micro-step). Every rank draws the same global batch and takes its share, so the order survives
+    a crash and does not depend on the number of loader processes."""
 
     def __init__(
         self,
@@ -108,8 +111,9 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return map(self.batch, range(self.start, self.stop))
 
-    def batch(self, step: int) -> list[tuple[int, int]]:
-        rng = np.random.default_rng([self.seed, self.stream, step])
+    def batch(self, number: int) -> list[tuple[int, int]]:
+        """(index, seed) of each image of a micro-step."""
+        rng = np.random.default_rng([self.seed, self.stream, number])
         total = self.batch_size * self.world
         index, seeds = rng.integers(self.length, size=total), rng.integers(2**63, size=total)
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
@@ -118,8 +122,8 @@ class StepSampler:
 
 class PassSampler:
     """Batches of indices for EvaluationImages: every image once over all ranks, then again from the
-    first, without end. So one iterator serves all validations, in the same order, and the first
-    images of the next one are read before it begins."""
+    first, endlessly. So one iterator serves all validations in the same order, and the first images
+    of a validation are read before it begins."""
 
     start = 0
 
@@ -134,6 +138,7 @@ class PassSampler:
         return itertools.cycle(self.batches)
 
     def batch(self, number: int) -> list[int]:
+        """Indices of the images of a batch."""
         return self.batches[number]
 
 
@@ -141,10 +146,10 @@ class PassSampler:
 class Loader:
     """Batches of a data set in the sampler's order, read by `num_workers` processes (0: by us).
 
-    The processes are started once, by `start` or by the first iteration, and live as long as the
-    loader. An iteration takes len(sampler) batches and leaves the iterator where it is. Raises
-    UserError, one line, when nothing comes for `processes.LIMIT` seconds, when a loader process is
-    gone, or when they have no shared memory left for their batches."""
+    The processes start once, in `start` or the first iteration, and live as long as the loader. An
+    iteration takes len(sampler) batches and leaves the iterator where it is. Raises UserError, one
+    line, when nothing arrives for `processes.LIMIT` seconds, when a loader process was killed, or
+    when no shared memory is left for a batch."""
 
     def __init__(self, name: str, dataset: Dataset, sampler, num_workers: int, pin_memory: bool):
         self.name, self.dataset, self.sampler, self.iterator = name, dataset, sampler, None
@@ -175,58 +180,52 @@ class Loader:
             processes.ignore_ends_of_workers()
 
     def __iter__(self) -> Iterator:
-        self.start()  # now, so that two loaders that are zipped start together
+        self.start()  # now, so that two zipped loaders start together
         return map(self.take, range(self.sampler.start, self.sampler.start + len(self)))
 
-    def take(self, step: int):
-        """The next batch, which is that of `step`."""
+    def take(self, number: int):
+        """The next batch, which is number `number` of the sampler."""
         begun = time.monotonic()
         while True:
             try:
                 return next(self.iterator)
             except (RuntimeError, ConnectionError, EOFError) as error:
-                if is_of_a_dead_process(error):
+                if is_lost(error):
                     raise UserError(
-                        f"a loader process was killed ({self.missing(step)}), most often by the "
-                        "system for want of memory, in a container of shared memory: take a "
-                        "smaller --num-workers, or docker run --shm-size=8g (a training run goes "
-                        "on with --resume)"
-                    ) from None
-                if NO_SHARED_MEMORY.search(str(error)):
-                    raise UserError(
-                        f"no shared memory is left for a batch ({self.name} loader, step {step}); "
-                        "a container has little: start it with more (docker run --shm-size=8g), or "
-                        "take a smaller --num-workers, 0 needs none (a training run goes on with "
-                        "--resume)"
+                        f"a loader process was killed or has no shared memory left "
+                        f"({self.describe(number)}); use a smaller --num-workers (0 needs neither "
+                        "processes nor shared memory), or in a container docker run --shm-size=8g; "
+                        "a training run resumes with --resume"
                     ) from None
                 if "DataLoader timed out" not in str(error):
                     raise
             if time.monotonic() - begun >= processes.LIMIT:
                 raise UserError(
-                    f"nothing was read for {processes.LIMIT:g} s ({self.missing(step)}): is the "
-                    "disk, or the network to it, gone? (A training run goes on with --resume)"
+                    f"nothing was read for {processes.LIMIT:g} s ({self.describe(number)}); check "
+                    "the disk or the mount; a training run resumes with --resume"
                 )
 
-    def missing(self, step: int) -> str:
-        """What a batch is made of, in words: a function of the step, so nobody need deliver it."""
-        keys = self.sampler.batch(step)
+    def describe(self, number: int) -> str:
+        """The loader, and the images of a batch: they follow from its number."""
+        keys = self.sampler.batch(number)
         indices = [key[0] if isinstance(key, tuple) else key for key in keys]
         images = dict.fromkeys(self.dataset.samples[index].image for index in indices)
-        return f"{self.name} loader, step {step}, images {', '.join(images)}"
+        return f"{self.name} loader, batch {number}, images {', '.join(images)}"
 
 
-def is_of_a_dead_process(error: Exception) -> bool:
-    """DataLoader has no class for it. A batch whose process dies before it is fetched altogether is
-    an error of their connection; what a process itself raises arrives with its traceback."""
+def is_lost(error: Exception) -> bool:
+    """Whether a loader process was killed or found no shared memory. DataLoader has no class for
+    it; when a process dies while a batch is fetched, the connection breaks. Errors that a process
+    itself raises arrive with its traceback."""
     broken = isinstance(error, ConnectionError | EOFError)
-    told = "in DataLoader worker process" in str(error)
-    return "exited unexpectedly" in str(error) or (broken and not told)
+    own = "in DataLoader worker process" in str(error)
+    return (broken and not own) or bool(LOST.search(str(error)))
 
 
 @contextlib.contextmanager
 def without_main_script():
-    """A process that multiprocessing starts imports the main script once more, and with it timm and
-    Accelerate: 200 MB and seconds, each. Loader processes need none of it, so they are not told."""
+    """Hide the main script from multiprocessing. Each process it starts would import the script
+    again, and with it timm and Accelerate: 200 MB and seconds that loader processes do not need."""
     main = sys.modules["__main__"].__dict__
     file = main.pop("__file__", None)
     try:
@@ -247,9 +246,9 @@ def training_loader(
     stream: int,
     scale: tuple[float, float],
 ) -> Loader:
-    """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index [B]) of `batch_size` images a
-    process for the steps from `start` on. Loaders of one run differ in `stream`, the source of
-    their draws."""
+    """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index [B]) of `batch_size` images
+    per process, for the steps from `start` on; each takes `gradient_accumulation_steps` micro-steps
+    of one batch. Loaders of one run differ in `stream`, the source of their draws."""
     crop, scale = tuple(args.crop_size), tuple(scale)
     crops = TrainingCrops(source, samples, crop, scale, args.label_ratio, args.seed)
     micro_steps = accelerator.gradient_accumulation_steps
@@ -276,7 +275,7 @@ def evaluation_loader(
     full_resolution: bool = False,
 ) -> Loader:
     """Batches (image uint8 [B, 3, H, W], label uint8 [B, H, W], size [B, 2]): every image exactly
-    once over all processes; batches of several only where all images have one size."""
+    once over all processes. A batch has several images only if all have the same size."""
     images = EvaluationImages(source, samples, full_resolution)
     batch_size = batch_size if source.one_size(full_resolution) else 1
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -286,6 +285,6 @@ def evaluation_loader(
 
 
 def validation_loader(args, source: Source, accelerator) -> Loader:
-    """The validation images of a run, read by two processes at most."""
+    """The validation images of a run, read by at most two processes."""
     batch_size = 50 if source.name == "street" else 4  # street scenes are small
     return evaluation_loader(source, source.val, batch_size, min(2, args.num_workers), accelerator)

@@ -1,9 +1,9 @@
 """How the processes of a run start, wait for each other and end.
 
-A run has one process per device (a rank) and, for each of its loaders, `--num-workers` processes
-that read images. Ranks are started by the user or by a launcher (torchrun, accelerate launch),
-loader processes by a fork server that the rank starts (see `start_server`), on Windows and a Mac by
-the rank itself. All of them end with what started them, whatever ends it.
+A run has one process per device (a rank), started by the user or by a launcher (torchrun,
+accelerate launch). Each of its loaders has `--num-workers` processes that read images, started by a
+fork server of the rank (see `start_server`); on Windows and macOS by the rank itself. A process
+ends when the one that started it ends, for whatever reason.
 """
 
 import atexit
@@ -23,53 +23,50 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
-from inputs.errors import UserError
+from inputs.errors import UserError, first_line
 
-# Seconds that a loader may deliver nothing before the run ends with a line. The environment may say
-# otherwise: more for a file system that is known to sleep longer, less for the tests.
+# Seconds that a loader may deliver nothing before the run ends. The environment may override it:
+# more for a file system that sleeps longer, less for the tests.
 LIMIT = float(os.environ.get("RECO_TIMEOUT", 600))
-# A collective waits a little longer: the process whose loader is silent shall speak before those
-# that wait for it.
+# Collectives wait longer, so that the rank whose loader is silent reports it first
 COLLECTIVE_LIMIT = timedelta(seconds=1.2 * LIMIT)
-GRACE = 10  # seconds that a launcher has to end its ranks, and a rank without launcher to save
+GRACE = 10  # seconds that a launcher has to end the other ranks after one has failed
 
-# Windows has no fork, and after one the libraries of a Mac may end the process
+# Windows has no fork, and on macOS system libraries may crash after one
 START_METHOD = "spawn" if sys.platform in ("win32", "darwin") else "forkserver"
-# All that `loaders` imports of others: what is missing here every loader process imports itself.
+# The packages that engine/loaders.py needs: each loader process imports what is missing here
 PRELOADED = ["torch.utils.data", "torchvision.transforms.v2.functional", "PIL.Image", "tqdm"]
-LAUNCHERS = {"torchrun", "accelerate", "accelerate-launch"}
-LAUNCHER_MODULES = {
-    "torch.distributed.run",
-    "torch.distributed.launch",
-    "accelerate.commands.launch",
-}
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+]
 
 _own_errors = False  # see speak_for_itself
-_launcher = None  # its process id, when the run shall end with it
 
 
 # ------------------------------------------------------------------------------- loader processes
 def start_server() -> None:
-    """Start the process that loader processes are forked from; early, since its imports then take
-    place beside our own work. A second call does nothing. UserError where it cannot be started.
+    """Start the process that loader processes are forked from. Call it early: it imports packages
+    while this process does other work. A second call does nothing. Raises UserError where the
+    server cannot start.
 
-    They are not forked from the training process, because that one has threads (autograd, gloo, pin
-    memory, TensorBoard): a child that is forked while another thread holds one of the interpreter's
-    locks waits for that lock for ever (pytorch/pytorch 130610, 138957). In the fork server no
-    thread but one enters Python, and that one does nothing but import."""
+    Loader processes are not forked from the training process, because that one has threads
+    (autograd, gloo, pin memory, TensorBoard). A child forked while another thread holds a lock of
+    the interpreter waits for that lock forever (pytorch/pytorch 130610, 138957). The fork server
+    has one thread that runs Python, and it does nothing but import."""
     if START_METHOD != "forkserver":
         return
     forkserver.set_forkserver_preload(PRELOADED)
-    # A process of multiprocessing frees the semaphores of a rank that was killed; in silence.
+    # the resource tracker frees the semaphores of a killed rank; without a warning
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     atexit.unregister(end_workers)
     atexit.register(end_workers)
-    # `timeout` and batch systems send SIGTERM to every process of a job. What follows from it is
-    # for the rank to decide, so the server inherits that it is ignored (SIGINT it ignores itself).
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # `timeout`, batch systems and terminals signal all processes of a job, but the rank alone
+    # decides what follows. The server inherits that these signals are ignored
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
         forkserver.ensure_running()
     except OSError as error:  # a path of over 100 characters, a file system without sockets
@@ -78,33 +75,35 @@ def start_server() -> None:
             f"processes ({error}); set TMPDIR to another one, such as /tmp, or --num-workers 0"
         ) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start_worker(_: int) -> None:
-    """In a new loader process: leave signals to the rank, which kills it (`end_workers`), and end
-    with the rank however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Runs in a new loader process: leave signals to the rank, which kills its loader processes
+    (`end_workers`), and end with the rank however that ends."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_rank, daemon=True).start()
 
 
 def _end_with_rank() -> None:
-    # The system calls the fork server our parent, and that one lives as long as we hold its pipe.
-    # `join` waits for the rank, on a pipe that it alone holds: also while we are stuck in a read.
+    # The system sees the fork server as our parent, and that one lives as long as we hold its pipe.
+    # `join` waits for the rank, on a pipe that only the rank holds; also while a read is stuck
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def ignore_ends_of_workers() -> None:
-    """Where loader processes are our own children PyTorch would raise an error, wherever we are,
-    when one of them ends, also by us; `Loader.take` sees it without that."""
+    """Where loader processes are our own children, PyTorch's SIGCHLD handler would raise an error
+    at any place when one ends, even by us. `Loader.take` notices without it."""
     if START_METHOD == "spawn" and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def end_workers() -> None:
-    """Before the rank ends. Multiprocessing would send SIGTERM and wait, for stuck ones as well."""
+    """Kill the loader processes. Multiprocessing would send SIGTERM and wait, even for stuck
+    ones."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -112,79 +111,102 @@ def end_workers() -> None:
 
 # ------------------------------------------------------------------------------------------ ranks
 def end_with_launcher() -> None:
-    """Have Linux end this process when the launcher that started it is gone, even by SIGKILL.
-
-    Does nothing elsewhere, and when the parent is no launcher: a run that a shell started with
-    nohup outlives the shell."""
-    global _launcher
-    parent = os.getppid()
-    if sys.platform != "linux" or not _is_launcher(parent):
+    """On Linux, end this process when the launcher that started it is gone, even by SIGKILL.
+    Without a launcher nothing changes: a run that a shell started with nohup outlives the shell."""
+    if sys.platform != "linux":
         return
-    _launcher = parent
-    # torchrun lets its ranks save before it ends: when it is gone there is nothing to wait for.
-    # `accelerate launch` of one process is gone a moment after Ctrl-C, while the run still saves:
-    # that run is asked to stop (see Stop).
-    number = signal.SIGKILL if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIGTERM
-    PR_SET_PDEATHSIG = 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends after its ranks, unless it is killed
+        number = signal.SIGKILL
+    elif "ACCELERATE_DYNAMO_MODE" in os.environ:  # accelerate launch of one process
+        number = signal.SIGTERM  # it ends at Ctrl-C while the rank still saves
+    else:
+        return
+    parent, PR_SET_PDEATHSIG = os.getppid(), 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), number)
 
 
-def _is_launcher(pid: int) -> bool:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:  # gone, or another user's
-        return False
-    # the program itself, or what an interpreter was told to run
-    return any(Path(word).name in LAUNCHERS or word in LAUNCHER_MODULES for word in words[:4])
-
-
 class Stop:
-    """SIGTERM and Ctrl-C ask for a stop at the next step; a second Ctrl-C stops at once."""
+    """SIGTERM, Ctrl-C and SIGHUP (unless it is ignored, as under nohup) ask for a stop at the next
+    step; a second Ctrl-C stops at once."""
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
+        for number in STOP_SIGNALS:
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+            if not (ignored and number == getattr(signal, "SIGHUP", None)):
+                signal.signal(number, self.ask)
 
     def ask(self, number, frame) -> None:
         if self.signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.signal and _launcher and os.getppid() != _launcher:
-            signal.alarm(GRACE)  # the launcher was killed: save in that time, or SIGALRM ends us
         self.signal = self.signal or number
+
+
+class Output:
+    """Standard output or standard error, which may be closed (`>&-`) or lose its reader (`| tee`
+    that ended, a closed terminal). What nobody can read is dropped, and a run in its steps stops,
+    as by SIGTERM. Characters that a terminal or a log cannot show are written as \\x.."""
+
+    def __init__(self, stream: "TextIO | Output | None"):
+        self.stream = stream.stream if isinstance(stream, Output) else stream
+        if self.stream is None:
+            self.stream = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.lose(error)
+
+    def lose(self, error: OSError) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        report(f"the output cannot be written ({error.strerror})")
+        if _own_errors and callable(signal.getsignal(signal.SIGTERM)):  # there is a state to save
+            signal.raise_signal(signal.SIGTERM)
 
 
 # ------------------------------------------------------------------------------------ ends of a run
 def speak_for_itself() -> None:
-    """From now on every process tells its own errors. Until the loaders exist all meet the same
-    ones, and the first process of a machine tells them."""
+    """From now on each rank reports its own errors. Until the loaders exist all ranks meet the same
+    ones, and the first rank of a machine reports them."""
     global _own_errors
     _own_errors = True
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Run a script. What the user can mend, memory that is full, and what ends a run of several
-    processes from outside is one line on stderr and exit status 2."""
+    """Run a script. Errors that users can fix are one line on standard error and exit status 2, as
+    are full memory, a failed torch.compile, and ranks that lost each other."""
     end_with_launcher()
-    if hasattr(sys.stdout, "reconfigure"):  # a class name that a terminal or a log cannot show
-        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     noise = ".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier|broadcast_buffers).*"
     warnings.filterwarnings("ignore", message=noise)
     try:
         code = run_to_end(main)
-        end_collectives()  # main is gone, and with it the network
+        end_collectives()  # main has returned, so the network is freed
         if code:
             sys.exit(code)
         return
-    except (UserError, OSError) as error:  # a full disk reaches us from TensorBoard's writer, too
+    except (UserError, OSError) as error:  # TensorBoard's writer raises OSError on a full disk
         if _own_errors or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            tell(last_line(error))
+            report(last_line(error))
         status = 2
     except Exception as error:
-        if line := collective_failure(error) or out_of_memory(error):
-            tell(line)
+        if line := explain(error):
+            report(line)
             status = 2
         elif several():
             traceback.print_exc()
@@ -194,15 +216,15 @@ def launch(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         status = 130
     if several():
-        # At once: the others may wait in a collective, until the launcher ends them, and an orderly
-        # end could wait for ever itself, since the network is still there (see end_collectives).
+        # At once: other ranks may wait in a collective until the launcher ends them, and an orderly
+        # end could wait forever, since the network still exists (see end_collectives)
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 
 
 def several() -> bool:
-    """Whether this process is one of several of a run."""
+    """Whether this process is one of several ranks."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
@@ -212,80 +234,66 @@ def run_to_end(main: Callable[[], None]) -> int | str | None:
         try:
             main()
         finally:
-            end_workers()  # while the loaders stand: they would wait for stuck ones as they go
-    except SystemExit as stop:  # when it was asked to stop, or argparse
+            end_workers()  # before the loaders are freed: they would wait for stuck ones
+    except SystemExit as stop:  # a requested stop, or argparse
         return stop.code
     return None
 
 
 def end_collectives() -> None:
-    """Take the process group apart, once nothing else holds it.
+    """Destroy the process group, once nothing else holds it.
 
-    The network that DistributedDataParallel wraps holds it, too. Where that is the last to let go,
-    the group waits for the threads of gloo with the interpreter locked, one of them waits for the
-    interpreter to free its tensors, and the process never ends (pytorch/pytorch 56297). When the
-    group itself is the last, the interpreter is free meanwhile (pytorch/pytorch 154976)."""
-    from torch import distributed  # every script has it by now
+    The network in DistributedDataParallel holds it, too. If that is the last to let go, the group
+    waits for gloo's threads with the interpreter locked, one of them waits for the interpreter to
+    free its tensors, and the process never ends (pytorch/pytorch 56297). If the group itself is the
+    last, the interpreter is free meanwhile (pytorch/pytorch 154976)."""
+    from torch import distributed  # every script has imported it by now
 
     if distributed.is_available() and distributed.is_initialized():
-        gc.collect()  # the wrapped network holds itself
+        gc.collect()  # the wrapped network is part of a reference cycle
         distributed.destroy_process_group()
 
 
-def tell(line: str) -> None:
-    """One line on standard error that stands by itself, below the bar of the first rank."""
+def report(line: str) -> None:
+    """Print one line on standard error, below the progress bar."""
     for bar in list(getattr(tqdm, "_instances", [])):
         bar.close()
-    if int(os.environ.get("RANK", 0)) > 0:
+    if int(os.environ.get("RANK", 0)) > 0:  # the first rank's bar may be on this line
         print(file=sys.stderr)
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
 
 
 def last_line(error: Exception) -> str:
-    """The line that says what is wrong. An error from a loader process comes with its traceback,
-    whose last line begins with the name of the class."""
+    """The line that says what is wrong. An error of a loader process contains a traceback, whose
+    last line begins with the name of the class."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^(\w+\.)*\w*Error: ", "", lines[-1])
 
 
-def collective_failure(error: Exception) -> str | None:
-    """What to tell of an error in a collective; None for any other error."""
+def explain(error: Exception) -> str | None:
+    """One line on an error of the machine or of the launch; None for any other error."""
     text = str(error)
-    if not several() or not isinstance(error, RuntimeError):
-        return None
-    go_on = "the last checkpoint is kept, go on with --resume"
-    if "connectFullMesh" in text:
+    if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", text):
+        wanted = re.search(r"ried to allocate ([\d.]+ \w+)", text)
+        more = f" ({wanted[1]} more were needed)" if wanted else ""
         return (
-            "the processes of the run could not connect; with several machines, set "
-            "GLOO_SOCKET_IFNAME on each to the network interface that reaches the others"
+            f"out of memory{more}: a smaller --batch-size or --crop-size needs less, and so does "
+            "bf16 (accelerate launch --mixed_precision bf16); in predict.py a smaller --tile"
         )
-    if re.search(r"timed? ?out", text, re.IGNORECASE):
-        limit = COLLECTIVE_LIMIT.total_seconds()
-        return (
-            f"the other processes of the run did not answer in time (limit {limit:g} s): "
-            f"one of them hangs, or its machine or the network is gone; {go_on}"
-        )
-    if re.search(r"closed by peer|reset by peer|Broken pipe", text):
-        # Another process is gone, and its line is the one that counts. Where its launcher is ours
-        # that ends us in this time; on another machine nobody else says it here.
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({first_line(error)}); train without --compile"
+    lost = r"gloo|nccl|timed? ?out|closed by peer|reset by peer|broken pipe"
+    if several() and isinstance(error, RuntimeError) and re.search(lost, text, re.IGNORECASE):
+        # Most often another rank has failed, and the line of that one is enough: its launcher ends
+        # us meanwhile. On another machine, or without a launcher, nobody else reports it here
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE)
-        return f"another process of the run has ended, its own output says why; {go_on}"
+        return (
+            "lost the other processes of the run: one has ended (see its output), hangs, or cannot "
+            "be reached (with several machines set GLOO_SOCKET_IFNAME on each to the interface "
+            f"that reaches the others); resume with --resume ({first_line(error)})"
+        )
     return None
-
-
-def out_of_memory(error: Exception) -> str | None:
-    """What to tell where the memory of a GPU, or of the machine, is full; None for any other
-    error."""
-    text = str(error)
-    if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in text:
-        return None
-    wanted = re.search(r"ried to allocate ([\d.]+ \w+)", text)
-    more = f" ({wanted[1]} more were needed)" if wanted else ""
-    return (
-        f"out of memory{more}: a smaller --batch-size or --crop-size needs less, and so does bf16 "
-        "(accelerate launch --mixed_precision bf16); in predict.py a smaller --tile"
-    )
 
 
 def cores() -> int:

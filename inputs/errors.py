@@ -1,10 +1,10 @@
-"""What the user can mend is told in one line, and what the user should know in another."""
+"""Errors that users can fix, and notes: one line each."""
 
 import os
 
 
 class UserError(ValueError):
-    """Something the user can mend. The scripts show it as one line and end with status 2."""
+    """An error that the user can fix. The scripts print it as one line and exit with status 2."""
 
 
 def need(condition, message: str) -> None:
@@ -14,11 +14,11 @@ def need(condition, message: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line; its kind where it says nothing."""
+    """The first line of a library's error; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def note(text: str) -> None:
-    """One line on standard output, from the first process of a run alone."""
+    """Print one line on standard output, from the first process of a run only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"note: {text}", flush=True)

@@ -10,18 +10,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = [
-    "--backbone",
-    "test_resnet",
-    "--no-pretrained",
-    "--channels",
-    "16",
-    "--crop-size",
-    "48",
-    "--num-workers",
-    "0",
-]
-# on one machine, whose own name needs not be known to it (containers without a network)
+SMALL = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "16"]
+SMALL += ["--crop-size", "48", "--num-workers", "0"]
+# on one machine that need not know its own name (containers without a network)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 TORCHRUN += ["--local-addr", "127.0.0.1", "--nproc_per_node"]
 ENVIRONMENT = {
@@ -33,7 +24,7 @@ ENVIRONMENT = {
 
 
 def launcher(processes: int) -> list[str]:
-    """What stands before a script: python, or torchrun with several processes."""
+    """The words before a script: python, or torchrun with several processes."""
     return [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
 
 
@@ -55,7 +46,7 @@ def run_script(
 
 @functools.cache
 def forks() -> subprocess.Popen:
-    # no pretrained weights, whoever runs the tests; the place is read on import
+    # no pretrained weights, on any machine; the variable is read on import
     weights = tempfile.TemporaryDirectory()
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "many.py")],

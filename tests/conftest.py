@@ -13,8 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared out; read when t
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """script(module, arguments ...) -> status, stdout, stderr: what `python MODULE.py ARGUMENTS`
-    does, without its start."""
+    """script(module, arguments ...) -> status, stdout, stderr: `python MODULE.py ARGUMENTS` in this
+    process."""
     from engine import processes  # found once the path above is set
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
@@ -34,7 +34,7 @@ def script(monkeypatch, capsys):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """What is remembered of labels, elsewhere than in the user's home."""
+    """Keep the cache of labels out of the user's home."""
     path = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))
     return path
@@ -42,7 +42,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def without_colour(monkeypatch):
-    """Augmentation mirrors and does nothing else."""
+    """Augmentation only mirrors."""
     from inputs import transforms
 
     monkeypatch.setattr(transforms, "COLOUR_CHANGES", (lambda images, amount: images,) * 4)
@@ -58,7 +58,7 @@ def device(request):
     return request.param
 
 
-# The slow files come first, so that processes that share the files (pytest -n) end together.
+# The slow files come first, so that parallel test processes (pytest -n) end together.
 SLOW = ("test_resume", "test_train", "test_processes", "test_bad_input", "test_evaluate")
 
 

@@ -1,8 +1,8 @@
-"""Run command lines of the repository, each as a fork of one process that has imported the
-libraries and drawn the street scenes.
+"""Run command lines of the repository, each in a fork of one process that has imported all modules
+and drawn the street images.
 
-Every line of standard input is a JSON object (commands: a list of [script, argument, ...]; cwd;
-environment), every line of standard output the JSON list of their [status, stdout, stderr].
+A line of standard input is a JSON object (commands: a list of [script, argument, ...]; cwd;
+environment), a line of standard output the JSON list of their [status, stdout, stderr].
 """
 
 import functools
@@ -23,7 +23,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import bench  # noqa: F401 (all libraries)
+    import bench  # noqa: F401 (imports the training scripts and all libraries)
     from inputs import street
 
     street.scene = functools.cache(street.scene)
@@ -60,12 +60,8 @@ def run(command: list[str], cwd: str, environment: dict[str, str]) -> list:
 
 
 def run_child(command: list[str], cwd: str, environment: dict[str, str]) -> None:
-    """The script in this forked process, as if started anew; does not return."""
+    """Run the script in this forked process, as if started anew; does not return."""
     signal.alarm(300)
-    for name, module in list(sys.modules.items()):  # a script imports our modules afresh
-        file = getattr(module, "__file__", None)
-        if file and Path(file).parent == ROOT and name not in ("street", "__main__"):
-            del sys.modules[name]
     sys.argv = [str(ROOT / command[0]), *command[1:]]
     status = 1
     try:

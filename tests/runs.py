@@ -1,4 +1,4 @@
-"""Runs that are watched and ended from outside: every process that a command line leads to."""
+"""Runs that a test watches and kills, with every process that a command line starts."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 def small(script: str, data: Path, folder: Path) -> list[str]:
     """A run of a tiny network, two processes per loader, a validation at every step."""
     return f"""{script} --dataset folder --data-path {data} --recipe street --crop-size 32
-        --batch-size 2 --channels 8 --low-channels 8 --rep-dim 8 --log-with none --num-workers 2
+        --batch-size 2 --channels 8 --log-with none --num-workers 2
         --val-interval 1 --save-interval 1 --iterations 2000 --out-dir {folder}""".split()
 
 
@@ -36,7 +36,7 @@ def parent(pid: int) -> int | None:
 
 
 class Run:
-    """A command line in a session of its own, and every process that it leads to."""
+    """A command line in a session of its own, and every process that it starts."""
 
     def __init__(self, *command, launcher=(sys.executable,), inside=(), **environment):
         self.mark = f"RECO_TEST={uuid.uuid4()}"
@@ -72,26 +72,26 @@ class Run:
         return found
 
     def workers(self) -> list[int]:
-        """Its loader processes: children of a fork server, whose command line they share."""
+        """Its loader processes: children of a fork server, which have its command line."""
         servers = [pid for pid in self.alive() if b"forkserver" in command_line(pid)]
         return [pid for pid in servers if parent(pid) in servers]
 
     def until(self, condition, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, self.told()
+            assert time.monotonic() < deadline, self.output()
             time.sleep(0.05)
 
     def validates(self, folder: Path) -> None:
-        """Wait until it is in its steps."""
+        """Wait for the first validation."""
         self.until(lambda: (folder / "history.json").exists() or self.process.poll() is not None)
-        assert self.process.poll() is None, self.told()
+        assert self.process.poll() is None, self.output()
 
-    def told(self) -> str:
+    def output(self) -> str:
         self.process.kill()
         return "\n".join(self.process.communicate())
 
     def ends(self, seconds: float = 120) -> tuple[int, list[str]]:
-        """Exit status and what the script itself said on standard error."""
+        """Exit status, and the lines of the script itself on standard error."""
         _, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, [line for line in err.splitlines() if ".py: " in line]

@@ -1,4 +1,4 @@
-"""However the processes of a run start, wait and end: none hangs, none is left."""
+"""However the processes of a run end: none hangs, none survives, the state is saved."""
 
 import os
 import shutil
@@ -14,9 +14,8 @@ import pytest
 import torch
 
 import trees
-from cli import ROOT
+from cli import ENVIRONMENT, ROOT, SMALL, fork, run_script
 from engine import processes
-from engine.processes import collective_failure
 from runs import ACCELERATE, TWO_RANKS, Run, parent, small
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
@@ -50,15 +49,13 @@ if "-m" not in words and any(os.path.basename(word) == "train_supervised.py" for
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_native_threads_that_enter_python_stop_no_loader(ranks, data, tmp_path):
+def test_native_threads_that_enter_python_stop_no_loader(data, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(THREADS)
     words = [*small("train_supervised.py", data, tmp_path / "run"), "--iterations", "30"]
-    launcher = [sys.executable] if ranks == 1 else TWO_RANKS
-    with Run(*words, launcher=launcher, PYTHONPATH=str(tmp_path)) as run:
+    with Run(*words, launcher=TWO_RANKS, PYTHONPATH=str(tmp_path)) as run:
         out, err = run.process.communicate(timeout=240)
         assert run.process.returncode == 0, err[-3000:]
-    assert out.count(": validation mIoU") == 30 and f"cpu x {ranks}" in out
+    assert out.count(": validation mIoU") == 30 and "cpu x 2" in out
 
 
 # ------------------------------------------------------------------------------ none is left behind
@@ -80,42 +77,42 @@ def test_nothing_is_left_after_a_kill(launcher, data, tmp_path):
         run.until(lambda: not run.alive(), seconds=20)
 
 
-def test_a_run_outlives_its_shell_but_not_its_group(data, tmp_path):
-    words = small("train_supervised.py", data, tmp_path / "run")
-    shell = ["sh", "-c", '"$@" & exit', "sh"]  # as `nohup ... &` and a logout
-    with Run(*words, inside=shell) as run:
+def test_a_run_under_nohup_outlives_its_shell_and_terminal_but_not_its_group(data, tmp_path):
+    words, history = small("train_supervised.py", data, tmp_path / "run"), tmp_path / "run"
+    history = tmp_path / "run" / "history.json"
+    with Run(*words, inside=["sh", "-c", 'nohup "$@" & exit', "sh"]) as run:
         assert run.process.wait() == 0
-        run.until(lambda: (tmp_path / "run" / "history.json").exists())
+        run.until(history.exists)
+        os.killpg(run.process.pid, signal.SIGHUP)
+        validations = history.read_text().count("confusion")
+        run.until(lambda: history.read_text().count("confusion") > validations + 1)
         assert len(run.workers()) == 4
         os.killpg(run.process.pid, signal.SIGKILL)
         run.until(lambda: not run.alive(), seconds=20)
 
 
-# --------------------------------------------------------------------------------- silence is told
-def test_a_rank_that_stands_still_ends_the_run(data, tmp_path):
-    """Two ranks without a launcher, as a batch system starts them: nobody else ends them."""
+# --------------------------------------------------------------------------------------- silence
+def test_a_rank_that_stops_responding_ends_the_run(data, tmp_path):
+    """Two ranks without a launcher, as a batch system starts them: nothing else ends them."""
     words = small("train_supervised.py", data, tmp_path / "run")
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = str(place.getsockname()[1])
 
     def rank(number: int) -> Run:
-        place = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
+        ranks = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
         address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RECO_TIMEOUT="8")
-        return Run(*words, **address, **{key: str(value) for key, value in place.items()})
+        return Run(*words, **address, **{key: str(value) for key, value in ranks.items()})
 
     with rank(0) as first, rank(1) as second:
         first.validates(tmp_path / "run")
         os.kill(second.process.pid, signal.SIGSTOP)
-        status, lines = first.ends()
-        assert status == 2 and len(lines) == 1, lines
-        assert "did not answer in time (limit 9.6 s)" in lines[0]
-        os.kill(second.process.pid, signal.SIGCONT)
-        status, lines = second.ends()
-        assert status == 2 and len(lines) == 1, lines
-        # its own wait had lasted as long when it went on, or it finds the connection closed
-        ended, late = "another process of the run has ended", "did not answer in time"
-        assert ended in lines[0] or late in lines[0]
+        for run in (first, second):
+            status, lines = run.ends()
+            assert status == 2 and len(lines) == 1, lines
+            assert "lost the other processes of the run" in lines[0] and "--resume" in lines[0]
+            if run is first:
+                os.kill(second.process.pid, signal.SIGCONT)
         second.until(lambda: not first.alive() + second.alive(), seconds=20)
 
 
@@ -130,81 +127,128 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch):
     assert end.value.code == 130
 
 
-def test_errors_in_collectives_are_told_apart(monkeypatch):
-    monkeypatch.setattr("processes.GRACE", 0)
+def test_errors_of_the_machine_are_one_line(monkeypatch):
+    monkeypatch.setattr(processes, "GRACE", 0)
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3")
-    unmet = RuntimeError("Gloo connectFullMesh failed with [...] timed out connecting: SO_ERROR")
-    late = RuntimeError("Timed out waiting 6000ms for recv operation to complete")
+    assert processes.explain(gone) is None  # not in a run of several processes
     monkeypatch.setenv("WORLD_SIZE", "2")
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert "another process of the run has ended" in collective_failure(gone)
+        assert "lost the other processes of the run" in processes.explain(gone)
+        late = RuntimeError("Timed out waiting 6000ms for recv operation to complete")
+        assert "Timed out waiting 6000ms" in processes.explain(late)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert "GLOO_SOCKET_IFNAME" in collective_failure(unmet)
-    assert "did not answer in time" in collective_failure(late)
-    assert collective_failure(RuntimeError("shapes differ")) is None
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert collective_failure(late) is None
+    assert processes.explain(RuntimeError("shapes differ")) is None
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+    assert processes.explain(full).startswith(
+        "out of memory (2.00 GiB more were needed): a smaller"
+    )
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(10**15)
+    assert "4000000000000000 bytes more" in processes.explain(error.value)
 
 
-def test_memory_that_is_full_is_one_line(capsys):
-    def on_a_gpu():
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
-        )
-
-    for main, wanted in (
-        (on_a_gpu, "2.00 GiB"),
-        (lambda: torch.empty(10**15), "4000000000000000 bytes"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            processes.launch(main)
-        assert end.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert f"out of memory ({wanted} more were needed): a smaller --batch-size" in line
-    with pytest.raises(RuntimeError, match="must match the size"):  # any other error is shown whole
-        processes.launch(lambda: torch.empty(2) + torch.empty(3))
+def test_compile_without_a_compiler_is_one_line(data, tmp_path):
+    words = ["--dataset", "folder", "--data-path", data, *SMALL, "--batch-size", "2", "--compile"]
+    environment = dict(CXX="/nonexistent/g++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    done = run_script("train_supervised.py", *words, "--out-dir", tmp_path / "run", **environment)
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and "torch.compile failed (InvalidCxxCompiler: No working" in line
 
 
-def test_a_name_that_the_output_cannot_show_ends_no_run():
+# ---------------------------------------------------------------------------------- launch settings
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not installed"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron is not installed"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "bogus"}, "BOGUS"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "maybe"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(settings, reason, tmp_path):
+    done = fork("train_supervised.py", "--out-dir", tmp_path / "run", **settings)
+    assert done.returncode == 2 and reason in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(tmp_path):
+    """For GPUs on a machine without one: each would be a run of its own, in one folder."""
+    words = ["train_supervised.py", "--out-dir", tmp_path / "run"]
+    done = run_script(*words, processes=2, ACCELERATE_USE_CPU="0")
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("train_supervised.py: ")]
+    assert "2 processes were launched, but Accelerate sees 1: without GPUs set ACCELERATE" in line
+    assert done.returncode and not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------- the output
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", ""])
+def test_closed_and_ascii_outputs_end_no_run(closed, data, tmp_path):
+    (data / "classes.txt").write_text("Stra\u00dfe\nb\nc\n", "utf-8")
+    words = ["--dataset", "folder", "--data-path", data, *SMALL, "--batch-size", "2"]
+    words += ["--iterations", "1", "--log-with", "none", "--out-dir", tmp_path / "run"]
     done = subprocess.run(
-        [sys.executable, "-c", "import processes; processes.launch(lambda: print('caf\u00e9'))"],
+        [
+            "sh",
+            "-c",
+            f'"$@" {closed}',
+            "sh",
+            sys.executable,
+            "train_supervised.py",
+            *map(str, words),
+        ],
         cwd=ROOT,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},  # as of a log on Windows
+        env={**os.environ, **ENVIRONMENT, "PYTHONIOENCODING": "ascii"},
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout) == (0, "caf\\xe9\n"), done.stderr
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert ("Stra\\xdfe" in done.stdout) == (not closed)
+
+
+def test_a_run_whose_reader_is_gone_saves_and_stops(data, tmp_path):
+    """`| tee log`, and tee is killed."""
+    with Run(*small("train_supervised.py", data, tmp_path / "run")) as run:
+        while ": validation mIoU" not in run.process.stdout.readline():
+            pass
+        run.process.stdout.close()
+        status, lines = run.ends()
+    assert status == 128 + signal.SIGTERM and len(lines) == 1
+    assert lines[0].endswith("the output cannot be written (Broken pipe)")
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+    assert state["step"] >= 2
 
 
 # ------------------------------------------------------------------------------------ in what order
-class Held:
-    """Tells when it goes."""
+class Network:
+    """Records when it is freed."""
 
-    def __init__(self, told):
-        self.told = told
+    def __init__(self, order):
+        self.order = order
 
     def __del__(self):
-        self.told.append("network")
+        self.order.append("network")
 
 
 @pytest.mark.parametrize("code", [None, 143])
 def test_the_process_group_goes_last(code, monkeypatch):
-    """After the network, which holds it; and a stop does not wait for loaders that are stuck."""
-    told = []
-    monkeypatch.setattr(processes, "end_workers", lambda: told.append("workers"))
-    monkeypatch.setattr(processes, "end_collectives", lambda: told.append("group"))
+    """After the network, which holds it; and a stop does not wait for stuck loaders."""
+    order = []
+    monkeypatch.setattr(processes, "end_workers", lambda: order.append("workers"))
+    monkeypatch.setattr(processes, "end_collectives", lambda: order.append("group"))
 
     def main():
-        network = Held(told)
+        network = Network(order)
         if code:
             sys.exit(code)
         del network
 
     with pytest.raises(SystemExit) if code else nullcontext() as stop:
         processes.launch(main)
-    assert told == (["workers", "network", "group"] if code else ["network", "workers", "group"])
+    assert order == (["workers", "network", "group"] if code else ["network", "workers", "group"])
     assert not code or stop.value.code == code
 
 
@@ -231,7 +275,7 @@ processes.launch(main)
 
 
 # --------------------------------------------------------------------------------------- two nodes
-class Network:
+class TwoNodes:
     """Two network namespaces joined by a cable; each has an interface and an address."""
 
     def __init__(self):
@@ -270,7 +314,7 @@ def test_two_nodes(data, tmp_path):
         pytest.skip("no network namespaces here: iproute2 is not installed")
     port = "29511"
 
-    def node(rank: int, network: Network) -> Run:  # as README has it, on CPUs
+    def node(rank: int, network: TwoNodes) -> Run:  # as README has it, on CPUs
         launcher = [*ACCELERATE, "--config_file", "accelerate_config.yaml", "--num_machines", "2"]
         launcher += ["--num_processes", "2", "--machine_rank", str(rank)]
         launcher += ["--main_process_ip", network.address, "--main_process_port", port]
@@ -283,7 +327,7 @@ def test_two_nodes(data, tmp_path):
             GLOO_SOCKET_IFNAME=network.interfaces[rank],
         )
 
-    with Network() as network, node(0, network) as first, node(1, network) as second:
+    with TwoNodes() as network, node(0, network) as first, node(1, network) as second:
         out, err = first.process.communicate(timeout=120)
         assert first.process.returncode == 0, err[-3000:]
         assert second.process.wait(timeout=60) == 0
