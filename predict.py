@@ -329,23 +329,17 @@ def export_onnx(model: nn.Module, classes: list[str], path: Path) -> None:
     write(path, lambda file: file.write(graph.SerializeToString()))
 
 
-def make_out_dir(out_dir: Path, overwrite: bool) -> None:
-    """UserError for a folder that is not empty, without --overwrite, or that cannot be made."""
-    need(
-        overwrite or not out_dir.is_dir() or not any(out_dir.iterdir()),
-        f"--out-dir {out_dir}: is not empty; choose another, or replace what has the same names "
-        "with --overwrite",
-    )
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out-dir {out_dir}: cannot be made ({error.strerror})") from None
-
-
 def main() -> None:
     args = parse_options()
     warnings.filterwarnings("ignore", module="PIL")  # about metadata and sizes, handled here
-    targets = find_images(args.paths, Path(args.out_dir)) if args.paths else {}
+    targets, out_dir = {}, Path(args.out_dir or ".")
+    if args.paths:
+        need(
+            args.overwrite or not out_dir.is_dir() or not any(out_dir.iterdir()),
+            f"--out-dir {out_dir}: is not empty; choose another, or replace what has the same "
+            "names with --overwrite",
+        )
+        targets = find_images(args.paths, out_dir)
     if args.onnx:
         args.onnx = output_file("--onnx", args.onnx, args.overwrite)
         weights = args.checkpoint or Path(args.run) / "model.safetensors"
@@ -355,8 +349,10 @@ def main() -> None:
     else:
         model = models.load(args.run)
     model.to(Accelerator().device)
-    if targets:
-        make_out_dir(Path(args.out_dir), args.overwrite)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out-dir {out_dir}: cannot be made ({error.strerror})") from None
     if args.onnx:
         export_onnx(model, model.classes, args.onnx)
         print(f"network written to {args.onnx}")
