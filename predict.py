@@ -48,7 +48,7 @@ LONGEST_NAME = 255  # bytes, on most file systems
 HARMLESS = (".txt", ".md", ".csv", ".json", ".xml", ".yaml", ".yml", ".ini", ".db", ".log")
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__, usage="predict.py [options] RUN IMAGE_OR_FOLDER ... --out-dir DIR")
     add = parser.add_argument
     add(
@@ -93,7 +93,7 @@ def parse_options() -> argparse.Namespace:
         help="export the network for any size, with normalisation and upsampling (not with the "
         "other resizing that predict.py does)",
     )
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     args.run = None
     if args.paths and not args.checkpoint:
         args.run = args.paths.pop(0)

@@ -242,7 +242,9 @@ def test_a_folder_is_scored_at_the_size_that_predict_takes(tmp_path):
     classes = data.load_source("folder", str(tree)).classes
     arguments = {"dataset": "camvid", "max_size": 1024}
     config = {"arguments": arguments, "size": [36, 48], "classes": classes}
-    source = evaluate.load_images(Namespace(dataset="folder", data_path=str(tree)), config)
+    source = evaluate.load_images(
+        Namespace(run="run", dataset="folder", data_path=str(tree)), config
+    )
     assert source.training_size(96, 128) == source.training_size(9, 12) == (36, 48)
     assert source.training_size(128, 96) == (48, 36)
 
