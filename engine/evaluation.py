@@ -37,7 +37,7 @@ def predict_probabilities(
     for scale in scales:
         scaled = images
         if scale != 1:
-            # not so small that the backbone has nothing left, see Segmenter.network_size
+            # a backbone halves 32 pixels five times, see Segmenter.network_size
             size = [max(min(32, side), round(side * scale)) for side in (height, width)]
             scaled = F.interpolate(images, size=size, mode="bilinear", antialias=True)
         total = total + windowed(model, scaled, window, (height, width))
@@ -172,7 +172,7 @@ def resample(
 class Metrics:
     """Counts of a segmentation, summed over images: the confusion matrix and, per class, the
     overlap of boundary regions (Cheng et al. 2021: the pixels of a mask within 2 % of the image
-    diagonal of its contour). Pixels that are not labelled are no part of either mask."""
+    diagonal of its contour). Pixels that are not labelled are left out of both masks."""
 
     def __init__(self, num_classes: int, device="cpu"):
         self.num_classes = num_classes
@@ -198,8 +198,8 @@ class Metrics:
         self.boundary[2] += count(torch.where(prediction_edge, prediction, n), n + 1)[:-1]
 
     def results(self) -> dict:
-        """Plain numbers: miou, accuracy, boundary_iou, and lists per class (None for a class that
-        occurs neither in the truth nor in the prediction; it is not part of the means)."""
+        """Plain numbers: miou, accuracy, boundary_iou, and lists per class: None for a class that
+        is neither in the truth nor in the prediction; the means leave it out."""
         both = self.confusion.diag()
         union = self.confusion.sum(0) + self.confusion.sum(1) - both
         iou = ratios(both, union)
@@ -229,8 +229,8 @@ def count(index: Tensor, length: int) -> Tensor:
 
 def boundary_region(label: Tensor, distance: int) -> Tensor:
     """[B, H, W] bool: the pixels within `distance` (Chebyshev) of another class or of the image's
-    edge. A pixel lies inside when the largest and the smallest label around it agree, so two
-    poolings serve all classes at once."""
+    edge. A pixel is inside if the largest and the smallest label around it agree, so two poolings
+    serve all classes at once."""
     x = F.pad(label[:, None].float(), [distance] * 4, value=-1.0)
     size = 2 * distance + 1
 
@@ -249,16 +249,15 @@ def evaluate(
     progress: str = "",
     **prediction,
 ) -> tuple[dict, Tensor]:
-    """Results (see Metrics) and confusion matrix of a model in eval mode on this process's
-    loader, summed over the processes. `prediction`: options of predict_probabilities. The model
-    must be the bare one, not wrapped for distributed training: processes may hold different
-    numbers of batches."""
+    """Results (see Metrics) and confusion matrix of a model in eval mode on this process's loader,
+    summed over the processes. `prediction`: options of predict_probabilities. The model must not be
+    wrapped for distributed training: processes may have different numbers of batches."""
     training = model.training
     model.eval()
     # bincount takes seconds with mps, or fails (ultralytics/ultralytics 26239)
     device = cpu_for_mps(accelerator.device)
     metrics = Metrics(num_classes, device)
-    # None: shown on a terminal alone
+    # None: shown only on a terminal
     silent = None if progress and accelerator.is_main_process else True
     bar = tqdm(loader, desc=progress, unit="batch", leave=False, disable=silent)
     for images, label, sizes in bar:
@@ -276,7 +275,7 @@ def evaluate(
 
 
 def table(results: dict, classes: list[str]) -> str:
-    """The results as text, one line per class and one of the means."""
+    """The results as text: a line per class and one with the means."""
 
     def percent(value: float | None) -> str:
         return "     -" if value is None else f"{100 * value:6.2f}"
