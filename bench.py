@@ -23,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -39,7 +40,7 @@ from engine.options import new_parser, positive
 from engine.processes import launch
 from engine.setup import new_optimizer, start_accelerator, start_step
 from evaluate import output_file
-from inputs.files import read_image, write, write_json
+from inputs.files import read_image, write_json
 from inputs.labels import split_train
 from inputs.source import Source
 from inputs.transforms import resize_image, to_float
@@ -110,17 +111,11 @@ class Clock:
     @contextlib.contextmanager
     def watch(self, functions: list[tuple[object, str, str]]) -> Iterator[None]:
         """While entered, time functions given as (module or object, its name there, part)."""
-        before = [(owner, name, vars(owner).get(name)) for owner, name, _ in functions]
-        for owner, name, part in functions:
-            setattr(owner, name, self.timed(part, getattr(owner, name)))
-        try:
+        with contextlib.ExitStack() as stack:
+            for owner, name, part in functions:
+                timed = self.timed(part, getattr(owner, name))
+                stack.enter_context(mock.patch.object(owner, name, timed))
             yield
-        finally:
-            for owner, name, own in before:
-                if own is None:  # a method of its class
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, own)
 
 
 class CountOperations(TorchDispatchMode):
@@ -229,7 +224,7 @@ def time_steps(
         with torch.profiler.profile() as profile:
             one_step(steps + 1, batches)
         if accelerator.is_main_process:
-            write_trace(profile, trace)
+            profile.export_chrome_trace(str(trace))
     accelerator.free_memory()
     return {
         "method": args.method,
@@ -243,14 +238,6 @@ def time_steps(
         "ReCo share": parts["ReCo"] / sum(parts.values()),
         "operations": operations.number,
     }
-
-
-def write_trace(profile: torch.profiler.profile, path: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(file))
-        content = file.read_bytes()
-    write(path, lambda file: file.write(content))
 
 
 # -------------------------------------------------------------------------------- the other parts
@@ -333,23 +320,26 @@ def time_prediction(run: str, folder: str, steps: int) -> dict:
 
 
 # ---------------------------------------------------------------------------------- the script
-def print_steps(row: dict) -> None:
-    parts = "".join(f"{1000 * row['seconds'][part]:16.1f}" for part in PARTS)
-    print(
-        f"{row['dataset'] + ' ' + row['method']:24s}{parts}{1000 * row['step']:10.1f}"
-        f"{row['images per second']:10.1f}{row['peak memory MB']:9.0f}"
-        f"{100 * row['ReCo share']:6.1f}%{row['operations']:12d}",
-        flush=True,
-    )
+def line(name: str, *cells) -> str:
+    return f"{name:24s}" + "".join(f"{cell:>17}" for cell in cells)
 
 
-def print_loss(row: dict) -> None:
-    shape = "x".join(map(str, row["rep"]))
-    print(
-        f"{row['name']:24s}{shape:>20s}{row['classes']:9d}{1000 * row['seconds']:9.1f}"
-        f"{row['rep MB']:9.1f}{row['peak memory MB']:9.0f}",
-        flush=True,
-    )
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.1f}"
+
+
+def steps_line(row: dict) -> str:
+    times = [milliseconds(t) for t in (*row["seconds"].values(), row["step"])]
+    rate, memory = f"{row['images per second']:.1f}", f"{row['peak memory MB']:.0f}"
+    share = f"{100 * row['ReCo share']:.1f}%"
+    name = f"{row['dataset']} {row['method']}"
+    return line(name, *times, rate, memory, share, row["operations"])
+
+
+def loss_line(row: dict) -> str:
+    shape, memory = "x".join(map(str, row["rep"])), f"{row['peak memory MB']:.0f}"
+    rep = f"{row['rep MB']:.1f}"
+    return line(row["name"], shape, row["classes"], milliseconds(row["seconds"]), rep, memory)
 
 
 def parse_options() -> tuple[argparse.Namespace, list[str]]:
@@ -389,10 +379,8 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without the profiler's own lines
     if own.predict:
         row = time_prediction(*own.predict, own.steps)
-        print(
-            f"{row['images']} images: {row['whole']:.2f} images/s, the network alone "
-            f"{row['network']:.2f}: {100 * row['share']:.0f} %"
-        )
+        rates = f"{row['whole']:.2f} images/s, the network alone {row['network']:.2f}"
+        print(f"{row['images']} images: {rates}: {100 * row['share']:.0f} %")
         if own.json:
             write_json(own.json, row)
         return
@@ -405,35 +393,30 @@ def main() -> None:
 
     args = training_options()
     accelerator = start_accelerator(args)
-    device, main_process = accelerator.device, accelerator.is_main_process
+    device, say = accelerator.device, accelerator.print
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     results = {"device": name, "torch": torch.__version__, "steps": [], "loss": [], "loaders": []}
     precision, compiled = accelerator.mixed_precision, ", compiled" if args.compile else ""
-    accelerator.print(f"{name}, torch {torch.__version__}, precision {precision}{compiled}")
+    say(f"{name}, torch {torch.__version__}, precision {precision}{compiled}")
     if args.data_path and not own.loss_only:
         results["loaders"].append(row := time_loaders(args, accelerator, own.steps))
         rate = f"{row['images per second']:.1f} images/s"
-        accelerator.print(f"loaders of {args.num_workers} processes each: {rate}")
+        say(f"loaders of {args.num_workers} processes each: {rate}")
     if not own.loss_only:
-        columns = "".join(f"{part:>16s}" for part in PARTS)
-        head = f"{'ms':24s}{columns}{'step':>10s}{'images/s':>10s}{'peak MB':>9s}{'ReCo':>7s}"
-        accelerator.print(f"\n{head}{'operations':>12s}")
+        say("\n" + line("ms", *PARTS, "step", "images/s", "peak MB", "ReCo", "operations"))
         both = args.model == "reconet" and not args.reco
         for extra in [[], ["--reco"]] if both else [[]]:
             trace = None if both and not extra else own.trace  # of the last one
             row = time_steps(training_options(*extra), accelerator, own.steps, trace)
             results["steps"].append(row)
-            if main_process:
-                print_steps(row)
-    head = f"\n{'the loss':24s}{'rep':>20s}{'classes':>9s}{'ms':>9s}{'rep MB':>9s}{'peak MB':>9s}"
-    accelerator.print(head)
+            say(steps_line(row))
+    say("\n" + line("the loss", "rep", "classes", "ms", "rep MB", "peak MB"))
     for size in LOSS_SIZES + (GROWTH_SIZES if own.loss_only else []):
         results["loss"].append(row := time_loss(*size, device, own.steps))
-        if main_process:
-            print_loss(row)
-    if own.json and main_process:
+        say(loss_line(row))
+    if own.json and accelerator.is_main_process:
         write_json(own.json, results)
 
 

@@ -12,7 +12,7 @@ from experiments import FIELDS, Setting
 from inputs.errors import UserError
 
 RECO, NAME = "ClassMix + ReCo", "street, 20 labels"
-TINY = "--channels 16 --low-channels 8 --rep-dim 8 --crop-size 48 --batch-size 2 --num-labeled 2"
+TINY = "--channels 16 --crop-size 48 --batch-size 2 --num-labeled 2"
 
 
 def line(method: str, lr: str, seed: int, validation: float, test: float, setting=NAME) -> dict:
@@ -80,9 +80,10 @@ def test_curves_are_grouped_by_setting_method_and_step():
     assert experiments.curves(chosen)[NAME]["ClassMix"] == {250: [20.0], 500: [40.0]}
     # the other method has three seeds, of which this one alone is compared
     assert [len(v) for v in experiments.curves(chosen)[NAME][RECO].values()] == [1, 1]
+    chosen = {
+        (n, m): rows for (n, m), rows in chosen.items() if n.startswith("camvid") and m == RECO
+    }
     assert experiments.label_curve(chosen) == {RECO: {5: [21.0], 20: [31.0]}}
-    chosen["camvid, 20 labels", RECO].append(line(RECO, "0.2", 1, 0.4, 0.25, "camvid, 20 labels"))
-    assert experiments.label_curve(chosen)[RECO][20] == [31.0, 25.0]  # the ablation has one seed
 
 
 def test_command_lines_name_what_decides_the_result():
