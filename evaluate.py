@@ -10,6 +10,7 @@
 
 import argparse
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from models import load_published
 def parse_options() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("run", nargs="?", metavar="RUN", help="a run's folder, or user/name on the hub")
+    add("run", nargs="?", metavar="RUN", help="a run folder, or user/name on the hub")
     add(
         "--checkpoint",
         metavar="FILE",
@@ -42,7 +43,7 @@ def parse_options() -> argparse.Namespace:
         help="another data set of the same classes (default: the run's); what a checkpoint was "
         "trained on",
     )
-    add("--data-path", metavar="DIR", help="where it lies (default: the run's)")
+    add("--data-path", metavar="DIR", help="its folder (default: the run's)")
     add(
         "--split",
         choices=["val", "test", "train"],
@@ -53,7 +54,7 @@ def parse_options() -> argparse.Namespace:
         "--batch-size",
         type=positive,
         default=4,
-        help="images at once where all have one size",
+        help="images at once, if all have one size",
     )
     add(
         "--num-workers",
@@ -71,28 +72,67 @@ def parse_options() -> argparse.Namespace:
     add(
         "--json",
         metavar="FILE",
-        help="where the results go (default: evaluation-SPLIT.json in the run's folder, or here "
-        "for a checkpoint and for a model from the hub)",
+        help="where the results go (default: evaluation-SPLIT.json in the run folder, or here for "
+        "a checkpoint and for a model from the hub)",
     )
+    add("--overwrite", action="store_true", help="replace the file of the results, if it exists")
     args = parser.parse_args()
-    need(bool(args.run) != bool(args.checkpoint), "name either a run's folder or --checkpoint FILE")
+    need(bool(args.run) != bool(args.checkpoint), "name either a run folder or --checkpoint FILE")
     return args
 
 
-def choose_json(args: argparse.Namespace) -> Path:
-    """Where the results go; UserError where that cannot be written to."""
-    folder = Path(args.run) if args.run and Path(args.run).is_dir() else Path()
-    path = Path(args.json) if args.json else folder / f"evaluation-{args.split}.json"
+# --------------------------------------------------------------------------------- output files
+def output_file(option: str, name: str | Path, overwrite: bool) -> Path:
+    """The path that an option names for its output. UserError where it cannot be written, and for
+    an existing file without `overwrite`."""
+    path = Path(name)
+    need(not path.is_dir(), f"{option} {path}: is a folder; name a file")
     writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
-    need(writable, f"--json {path}: {path.parent} is no folder that can be written to")
-    need(not path.is_dir(), f"--json {path}: is a folder; name a file")
+    need(writable, f"{option} {path}: {path.parent} is not a folder that can be written to")
+    need(
+        overwrite or not path.is_file(),
+        f"{option} {path}: exists; name another file, or replace it with --overwrite",
+    )
     return path
 
 
+def need_no_input(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+    """UserError where an output is one of the input files, by whatever name or link."""
+    existing = {identity(path): path for path in outputs if path.exists()}
+    for path in inputs if existing else ():
+        output = existing.get(identity(path))
+        need(not output, f"{output}: would overwrite the input {path}; choose another output")
+
+
+def identity(path: str | Path) -> tuple[int, int] | None:
+    """What all names of a file share; None for a file that does not exist."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def choose_json(args: argparse.Namespace) -> Path:
+    """Where the results go; evaluation-SPLIT.json in a run folder is ours and may be replaced."""
+    if args.json:
+        return output_file("--json", args.json, args.overwrite)
+    in_run = bool(args.run) and Path(args.run).is_dir()
+    folder = Path(args.run) if in_run else Path()
+    name = folder / f"evaluation-{args.split}.json"
+    return output_file("--json", name, args.overwrite or in_run)
+
+
+# ----------------------------------------------------------------------------------- evaluation
 def load_images(args: argparse.Namespace, config: dict) -> Source:
     """The data set to evaluate on, which must have the model's classes."""
     saved = config["arguments"]
     dataset = args.dataset or saved["dataset"]
+    need(
+        dataset in DATASETS,
+        f"{args.run}: was trained on the data set {dataset}, which data.py does not have; name "
+        f"another one with --dataset and --data-path",
+    )
     own_path = saved.get("data_path") if dataset == saved["dataset"] else None
     source = load_source(dataset, args.data_path or own_path, saved.get("max_size"))
     if source.own_files and config.get("size"):  # as `predict` does, see Segmenter.network_size
@@ -108,8 +148,8 @@ def load_images(args: argparse.Namespace, config: dict) -> Source:
             for classes in (source.classes, config["classes"])
         ]
         raise UserError(
-            f"--dataset {dataset}: has {len(theirs)} classes, the model {len(ours)}; they differ "
-            f"from class {first} on ({' / '.join(names)}) and must be the same"
+            f"--dataset {dataset}: its {len(theirs)} classes must be the {len(ours)} of the model; "
+            f"class {first} differs ({' / '.join(names)})"
         )
     return source
 
@@ -126,6 +166,8 @@ def main() -> None:
     source = load_images(args, model.config)
     samples = [sample for sample in getattr(source, args.split) if sample.label]
     need(samples, f"--split {args.split}: {source.name} has no labelled images there")
+    weights = args.checkpoint or Path(args.run) / "model.safetensors"
+    need_no_input([path], [weights, *(f for s in samples for f in (s.image, s.label))])
 
     loader = evaluation_loader(
         source, samples, args.batch_size, args.num_workers, accelerator, args.full_resolution

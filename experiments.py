@@ -1,13 +1,14 @@
-"""Compare the methods: train what is missing, collect one CSV, write tables and figures.
+"""Compare the methods: train what is missing, collect one CSV, write the table; draw the figures.
 
 python experiments.py                                        # the streets: no download
-python experiments.py --only camvid                          # photographs (docs/results.md)
+python experiments.py --only camvid                          # see docs/results.md
 python experiments.py --only "camvid, 20 labels" --methods supervised ClassMix "ClassMix + ReCo" \\
-    --lr 0.04 --seeds 0                                      # of one setting, no other rate
-python experiments.py --results docs                         # go on from the committed results
-python experiments.py --only camvid --jobs 14                # ... that share a GPU (docs/speed.md)
+    --lr 0.04 --seeds 0                                      # one setting at one rate
+python experiments.py --results docs                         # add to the committed results
+python experiments.py --results docs --figure curves         # draw docs/curves.png, run nothing
+python experiments.py --only camvid --jobs 14                # share a GPU (docs/speed.md)
 
-For one seed all methods have the same labelled images, first weights and number of steps. The
+With the same seed all methods have the same labelled images, first weights and number of steps. The
 learning rate of a method is the one with the best validation mIoU at seed 0; tables show the test
 images. A finished run is a line of results.csv and is not run again; a killed one is resumed.
 """
@@ -26,8 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
-import numpy as np
 import torch
+from accelerate.utils import parse_flag_from_env
 from matplotlib import pyplot
 from tqdm import tqdm
 
@@ -42,10 +43,7 @@ from inputs.files import write
 
 matplotlib.use("agg")  # no display is needed
 FIELDS = ["setting", "method", "lr", "seed", "validation miou", "test miou", "test boundary iou"]
-FIELDS += ["seconds", "curve", "arguments", "commit"]
-PICTURES = {"street, 20 labels": "streets.png", "camvid, 20 labels": "camvid.png"}
-ABLATED = "queries"  # in the names of the methods that are ablations
-
+FIELDS += ["seconds", "curve", "arguments", "commit", "machine"]
 ROOT, RUNS = Path(__file__).parent, Path("runs/experiments")
 METHODS = {
     "supervised": "train_supervised.py",
@@ -53,8 +51,6 @@ METHODS = {
     "CutMix": "train_semi.py --mixing-strategy cutmix",
     "ClassMix": "train_semi.py",
     "ClassMix + ReCo": "train_semi.py --reco",
-    "mean teacher": "train_semi.py --mixing-strategy none",
-    "mean teacher + ReCo": "train_semi.py --reco --mixing-strategy none",
 }
 ABLATIONS = {  # of ClassMix + ReCo, at its rate
     "random queries, random keys": "train_semi.py --reco --reco-random-queries --reco-random-keys",
@@ -63,44 +59,31 @@ ABLATIONS = {  # of ClassMix + ReCo, at its rate
 }
 MAIN = ["supervised", "ClassMix", "ClassMix + ReCo"]
 TABLE = ["supervised", "supervised + ReCo", "CutMix", "ClassMix", "ClassMix + ReCo"]
-# with few known pixels an image, what mixing does
-PIXELS = [*MAIN, "mean teacher", "mean teacher + ReCo"]
 # what docs/results.md says to download, or to write, first
 CAMVID = "--dataset camvid --data-path dataset/CamVid --backbone-weights dataset/lite0.safetensors"
 RATES = (0.01, 0.02, 0.04)
-DIGITS = (
-    "--dataset folder --data-path dataset/handwriting --recipe street --channels 64 "
-    "--crop-size 64 --scale 0.8 1.25"
-)
 
 
 class Setting(NamedTuple):
     options: str  # data set, labels, and what differs from the recipe
     rates: tuple[float, ...] = ()  # to choose from; none: as chosen for camvid, 20 labels
     methods: list[str] = MAIN
-    semi_options: str = ""  # of train_semi.py alone
+    semi_options: str = ""  # only for train_semi.py
 
 
 SETTINGS = {
     "street, 20 labels": Setting("--num-labeled 20", (0.1, 0.2, 0.4)),
-    "street, p0": Setting("--label-ratio p0", (0.05, 0.1, 0.2), PIXELS),
+    "street, p0": Setting("--label-ratio p0", (0.05, 0.1, 0.2)),
     "camvid, 5 labels": Setting(f"{CAMVID} --num-labeled 5"),
     "camvid, 10 labels": Setting(f"{CAMVID} --num-labeled 10"),
     "camvid, 20 labels": Setting(f"{CAMVID} --num-labeled 20", RATES, [*TABLE, *ABLATIONS]),
-    # longer, and as many labelled photographs a step in supervised training as in the others
-    "camvid, 20 labels, 4,000 steps": Setting(
-        f"{CAMVID} --num-labeled 20 --iterations 4000 --val-interval 1000"
-    ),
-    "camvid, 20 labels, 4 labelled a step": Setting(
-        f"{CAMVID} --num-labeled 20 --batch-size 4", methods=["supervised"]
-    ),
-    # as many as in supervised training
+    # as many labelled images a step as in supervised training
     "camvid, 20 labels, 8 labelled a step": Setting(
         f"{CAMVID} --num-labeled 20",
         methods=["CutMix", "ClassMix", "ClassMix + ReCo"],
         semi_options="--labeled-batch-size 8",
     ),
-    # a stronger network (examples/lite_weights.py --lite 2), nearly whole photographs: for a GPU
+    # a stronger network (examples/lite_weights.py --lite 2), nearly whole images: for a GPU
     "camvid, 20 labels, Lite2, crops of 352": Setting(
         f"{CAMVID.replace('lite0', 'lite2')} --backbone tf_efficientnet_lite2 --crop-size 352 "
         "--num-labeled 20",
@@ -108,25 +91,20 @@ SETTINGS = {
     ),
     "camvid, 100 labels, 8 labelled a step": Setting(
         f"{CAMVID} --num-labeled 100",
-        methods=["ClassMix", "ClassMix + ReCo"],
+        methods=["ClassMix"],
         semi_options="--labeled-batch-size 8",
     ),
     "camvid, 46 labels": Setting(f"{CAMVID} --num-labeled 46"),
     "camvid, 100 labels": Setting(f"{CAMVID} --num-labeled 100"),
     "camvid, 367 labels": Setting(f"{CAMVID} --num-labeled 0", (), ["supervised + ReCo", *MAIN]),
-    "camvid, p0": Setting(f"{CAMVID} --label-ratio p0", RATES, PIXELS),
-    "handwriting, 60 labels": Setting(
-        f"{DIGITS} --batch-size 8 --iterations 2000 --val-interval 500 --num-labeled 60",
-        (0.2, 0.4),
-        semi_options="--warmup-iterations 600",
-    ),
+    "camvid, p0": Setting(f"{CAMVID} --label-ratio p0", RATES),
 }
 LOCK = threading.Lock()
 
 
 # ------------------------------------------------------------------------------------------- runs
 def arguments_of(name: str, method: str, rate: float, seed: int) -> list[str]:
-    """The command line of a run: what decides its result, and nothing of this machine."""
+    """The command line of a run: what decides its result, without paths of this machine."""
     words = (METHODS | ABLATIONS)[method].split() + SETTINGS[name].options.split()
     if words[0] == "train_semi.py":
         words += SETTINGS[name].semi_options.split()
@@ -158,8 +136,10 @@ def measure(args: Namespace, job: tuple) -> None:
     begun, resumed = time.monotonic(), (folder / "config.json").exists()
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    machine = "CPU core" if on_cpu else torch.cuda.get_device_name()
     local = ["--num-workers", "0", "--out-dir", folder, *(["--resume"] if resumed else [])]
-    if "--data-path" in words:  # photographs are decoded once, by the first run
+    if "--data-path" in words:  # only the first run decodes the images
         local += ["--cache-dir", RUNS / "cache"]
     run_script(*words, *local)
     run_script("evaluate.py", folder, "--split", "test", "--num-workers", "0")
@@ -170,7 +150,7 @@ def measure(args: Namespace, job: tuple) -> None:
     curve = " ".join(f"{entry['step']}:{entry['miou']:.4f}" for entry in history)
     scores = [f"{score:.4f}" for score in scores]
     with LOCK:  # two runs may end together
-        add_row(args.results, [*job, *scores, seconds, curve, " ".join(words), commit])
+        add_row(args.results, [*job, *scores, seconds, curve, " ".join(words), commit, machine])
 
 
 def run_missing(args: Namespace, jobs: list[tuple]) -> None:
@@ -212,26 +192,6 @@ def chosen_runs(rows: list[dict], rates: dict[tuple, float | None]) -> dict[tupl
     return chosen
 
 
-# ----------------------------------------------------------------------------------- the report
-def report(chosen: dict, runs: dict, folder: Path) -> None:
-    """Write tables.md (printed, too), curves.png, labels.png and pictures of predictions.
-
-    runs: {(setting, method): the folder of the run of seed 0}; a picture is drawn where the
-    weights of all its methods are here."""
-    tables = make_tables(chosen)
-    write(folder / "tables.md", lambda file: file.write(f"{tables}\n".encode()))
-    print(tables)
-    methods = {pair: rows for pair, rows in chosen.items() if ABLATED not in pair[1]}
-    if methods:
-        draw_panels(curves(methods), "step", "validation mIoU", folder / "curves.png")
-    if bands := label_curve(chosen):
-        draw_label_curve(bands, folder / "labels.png")
-    for name, file in PICTURES.items():
-        here = {m: run for (n, m), run in runs.items() if n == name and (n, m) in methods}
-        if here and all((run / "model.safetensors").exists() for run in here.values()):
-            draw_rows(predict_scenes(here), folder / file)
-
-
 # ----------------------------------------------------------------------------------------- tables
 def spread(rows: list[dict], field: str = "test miou") -> str:
     """Mean and range over the seeds in per cent; the number of seeds where it is not three."""
@@ -258,7 +218,7 @@ def make_tables(chosen: dict) -> str:
     return "Test mIoU in per cent, mean (min to max) over the seeds.\n\n" + "\n\n".join(tables)
 
 
-# ----------------------------------------------------------------------------------------- curves
+# ---------------------------------------------------------------------------------------- figures
 def same_seeds(chosen: dict) -> dict:
     """Of each setting the seeds that all its methods have, so that a figure compares like with
     like; all where they have none in common."""
@@ -284,64 +244,60 @@ def curves(chosen: dict) -> dict:
 
 
 def label_curve(chosen: dict) -> dict:
-    """Test mIoU in per cent on CamVid: {method: {number of labels: its values over the seeds}}."""
-    shown = {
-        (name, method): rows
-        for (name, method), rows in chosen.items()
-        if name.startswith("camvid") and name.endswith("labels") and ABLATED not in method
-    }
+    """Test mIoU in per cent of "camvid, N labels": {method: {N: its values over the seeds}}."""
     bands = {}
-    for (name, method), rows in same_seeds(shown).items():
+    for (name, method), rows in same_seeds(chosen).items():
         values = [100 * float(row["test miou"]) for row in rows]
         bands.setdefault(method, {})[int(name.split()[1])] = values
     return bands
 
 
-def draw_band(axis, values: dict[int, list[float]], label: str, colour: str) -> None:
-    """A line through the means and a band over the ranges; `values` has a list for each x."""
-    x, means = list(values), [statistics.mean(v) for v in values.values()]
-    axis.plot(x, means, color=colour, label=label, marker=".")
-    low, high = [min(v) for v in values.values()], [max(v) for v in values.values()]
-    axis.fill_between(x, low, high, color=colour, alpha=0.15)
+def draw_curves(rows: list[dict], file: Path) -> None:
+    """Validation mIoU over the steps, each method at its best rate."""
+    settings = ("camvid, 20 labels", "camvid, p0", "street, 20 labels")
+    pairs = [(name, method) for name in settings for method in MAIN]
+    chosen = chosen_runs(rows, {pair: best_rate(rows, pair) for pair in pairs})
+    draw_panels(curves(chosen), "step", "validation mIoU", file)
+
+
+def draw_labels(rows: list[dict], file: Path) -> None:
+    """Test mIoU over the number of labelled images."""
+    settings = [f"camvid, {number} labels" for number in (5, 10, 20, 46, 100, 367)]
+    pairs = [(name, method) for name in settings for method in [*MAIN, "supervised + ReCo"]]
+    bands = label_curve(chosen_runs(rows, dict.fromkeys(pairs, 0.04)))
+    draw_panels({"CamVid": bands} if bands else {}, "labelled images", "test mIoU", file)
 
 
 def draw_panels(panels: dict[str, dict[str, dict]], xlabel: str, ylabel: str, file: Path) -> None:
-    """One panel for each title in `panels`, in it one band for each label: {x: values}."""
+    """A panel for each title, in it for each label the mean and range of {x: values}. Numbers of
+    images have a logarithmic axis."""
+    need(panels, f"--figure: {file.with_name('results.csv')} has no run for {file.name}")
     labels = list(dict.fromkeys(label for bands in panels.values() for label in bands))
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    size = (4.4 * columns, 3.6 * rows)
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (title, bands) in zip(axes.flat, panels.items(), strict=False):
+    size = (4.4 * len(panels), 3.6)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=size, squeeze=False, layout="constrained"
+    )
+    for axis, (title, bands) in zip(axes[0], panels.items(), strict=True):
         for label, values in bands.items():
-            draw_band(axis, values, label, f"C{labels.index(label)}")
+            x, colour = list(values), f"C{labels.index(label)}"
+            low, mean, high = ([f(v) for v in values.values()] for f in (min, statistics.mean, max))
+            axis.plot(x, mean, color=colour, label=label, marker=".")
+            axis.fill_between(x, low, high, color=colour, alpha=0.15)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        if "images" in xlabel:
+            numbers = sorted({number for values in bands.values() for number in values})
+            axis.set_xscale("log")
+            axis.set_xticks(numbers, labels=map(str, numbers))
+            axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()
     save(figure, file)
 
 
-def draw_label_curve(bands: dict[str, dict], file: Path) -> None:
-    """Test mIoU over the number of labelled images, which has a logarithmic axis."""
-    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for i, (label, values) in enumerate(bands.items()):
-        draw_band(axis, values, label, f"C{i}")
-    numbers = sorted({number for values in bands.values() for number in values})
-    axis.set(xscale="log", xlabel="labelled images", ylabel="test mIoU")
-    axis.set_xticks(numbers, labels=map(str, numbers))
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend()
-    save(figure, file)
-
-
-# --------------------------------------------------------------------------------------- pictures
-def predict_scenes(runs: dict[str, Path]) -> dict[str, list[np.ndarray]]:
-    """Six test images, their truth and the masks of the networks {method: folder}, in colours."""
-    networks = {method: models.load(run) for method, run in runs.items()}
-    arguments = next(iter(networks.values())).config["arguments"]
+def draw_masks(setting: str, rate: float, seed: int, file: Path) -> None:
+    """Rows of six test images, their truth and the masks of the runs of each method."""
+    networks = {m: models.load(folder_of(setting, m, rate, seed)) for m in MAIN}
+    arguments = networks[MAIN[0]].config["arguments"]
     source = load_source(arguments["dataset"], arguments["data_path"])
     samples = [source.test[i] for i in spread_indices(len(source.test), 6)]
     pairs = [source.read(sample) for sample in samples]
@@ -350,20 +306,13 @@ def predict_scenes(runs: dict[str, Path]) -> dict[str, list[np.ndarray]]:
     for method, network in networks.items():
         masks = [torch.from_numpy(network.predict(image)) for image, _ in pairs]
         rows[method] = [paint(mask, source.palette) for mask in masks]
-    return {title: [picture.permute(1, 2, 0).numpy() for picture in r] for title, r in rows.items()}
-
-
-def draw_rows(rows: dict[str, list[np.ndarray]], file: Path) -> None:
-    """Pictures uint8 [H, W, 3], a line of them for each title."""
-    count = len(next(iter(rows.values())))
-    height, width = next(iter(rows.values()))[0].shape[:2]
-    size = (2 * count, 2 * len(rows) * height / width)
-    options = {"figsize": size, "squeeze": False, "layout": "constrained"}
-    figure, axes = pyplot.subplots(len(rows), count, **options)
-    for line, (title, pictures) in zip(axes, rows.items(), strict=True):
+    height, width = rows["image"][0].shape[-2:]
+    size = (2 * len(pairs), 2 * len(rows) * height / width)
+    figure, axes = pyplot.subplots(len(rows), len(pairs), figsize=size, layout="constrained")
+    for line, (title, images) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(title)
-        for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(picture, interpolation="nearest")
+        for axis, image in zip(line, images, strict=True):
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
     save(figure, file)
 
@@ -371,13 +320,22 @@ def draw_rows(rows: dict[str, list[np.ndarray]], file: Path) -> None:
 def save(figure, file: Path) -> None:
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
+    print(file)
+
+
+FIGURES = {  # of docs/results.md
+    "curves": draw_curves,
+    "labels": draw_labels,
+    "camvid": lambda rows, file: draw_masks("camvid, 20 labels", 0.04, 1, file),
+    "streets": lambda rows, file: draw_masks("street, 20 labels", 0.2, 0, file),
+}
 
 
 # ----------------------------------------------------------------------------------------- script
 def parse_options() -> Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    what = "data sets (street, camvid, handwriting) or settings"
+    what = "data sets (street, camvid) or settings"
     add("--only", nargs="+", default=["street"], metavar="TEXT", help=what)
     names = [*METHODS, *ABLATIONS]
     add("--methods", nargs="+", choices=names, metavar="NAME", help="default: those of the setting")
@@ -385,17 +343,21 @@ def parse_options() -> Namespace:
         "--lr", type=positive_float, help="of every run; default: the best on validation, by method"
     )
     add("--seeds", nargs="+", type=natural, default=[0, 1, 2], metavar="N", help="of each method")
-    add("--results", type=Path, default=RUNS, metavar="DIR", help="for CSV, tables and figures")
+    add("--results", type=Path, default=RUNS, metavar="DIR", help="for CSV, table and figures")
+    add("--figure", choices=list(FIGURES), help="draw this figure of docs/results.md, run nothing")
     add("--jobs", type=positive, default=cores(), help="runs at a time, one thread each")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_options()
+    if args.figure:
+        file = args.results / f"{args.figure}.png"
+        return FIGURES[args.figure](read_rows(args.results), file)
     pairs = [(name, method) for name in SETTINGS for method in SETTINGS[name].methods]
     for text in args.only:
         known = any(text in (name.split(",")[0], name) for name in SETTINGS)
-        need(known, f"--only {text}: fits none of {'; '.join(SETTINGS)}")
+        need(known, f"--only {text}: is none of {'; '.join(SETTINGS)}")
     wanted = [(n, m) for n, m in pairs if {n.split(",")[0], n} & set(args.only)]
     wanted = [(n, m) for n, m in wanted if m in (args.methods or [m])]
     methods, only = (", ".join(words) for words in (args.methods or [], args.only))
@@ -410,9 +372,9 @@ def main() -> None:
     for pair in pairs:  # the others at the chosen rate, or where none was chosen at the best
         rates[pair] = rates.get(pair) or best_rate(rows, choose_at(*pair))
         rates[pair] = rates[pair] or best_rate(rows, pair)
-    chosen = chosen_runs(rows, rates)
-    folders = {pair: folder_of(*pair, rates[pair], 0) for pair in chosen}
-    report(chosen, folders, args.results)
+    tables = make_tables(chosen_runs(rows, rates))
+    write(args.results / "tables.md", lambda file: file.write(f"{tables}\n".encode()))
+    print(tables)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Predict masks with a trained run: for every picture an index PNG in the run's palette, of the
-picture's own size, and an overlay.
+"""Predict masks with a trained run: for every image an index PNG of the same size in the run's
+palette, and an overlay.
 
     python predict.py RUN photo.jpg holiday --out-dir predictions   # holiday/a/b.jpg -> a/b.png
     python predict.py RUN unlabelled --out-dir predictions --suggest 10    # ... and what to label
     python predict.py RUN --onnx network.onnx      # RGB [B, 3, H, W] in 0 .. 1 -> logits
     python predict.py --checkpoint published_reco.pth --dataset cityscapes street.png \\
         --out-dir predictions
+
+Input images are never overwritten. A file that cannot be read is reported, the others are
+predicted, and the exit status is 1.
 """
 
 import argparse
@@ -16,6 +19,9 @@ import json
 import os
 import sys
 import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,29 +32,38 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import models
+from engine.evaluation import predict_images
 from engine.options import add_prediction_options, new_parser, number, positive
-from engine.processes import launch
+from engine.processes import cores, launch
+from evaluate import need_no_input, output_file
 from inputs.errors import UserError, first_line, need, note
 from inputs.files import IMAGE_SUFFIXES, need_utf8, partial_of, read_image, write
-from inputs.folder import OTHER_PICTURES, all_pictures
 from inputs.source import name_of
 from inputs.transforms import upsample
-from models import PUBLISHED, load_published
+from models import PUBLISHED, Segmenter, load_published
 
 ENDINGS = (".png", "_overlay.png", "_confidence.png")
 LONGEST_NAME = 255  # bytes, on most file systems
+# other files that are expected beside images; everything else that is not read is reported
+HARMLESS = (".txt", ".md", ".csv", ".json", ".xml", ".yaml", ".yml", ".ini", ".db", ".log")
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__, usage="predict.py [options] RUN IMAGE_OR_FOLDER ... --out-dir DIR")
     add = parser.add_argument
     add(
         "paths",
         nargs="*",
         metavar="RUN IMAGE_OR_FOLDER",
-        help="a run's folder (or user/name on the hub), then pictures and folders of pictures",
+        help="a run folder (or user/name on the hub), then images and folders of images",
     )
-    add("--out-dir", metavar="DIR", help="where the masks and overlays go")
+    add("--out-dir", metavar="DIR", help="where the masks and overlays go; must be empty")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="write into a DIR that is not empty and replace files of the same names, but never an "
+        "input",
+    )
     add("--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run")
     add("--dataset", choices=PUBLISHED, help="what the checkpoint was trained on")
     add(
@@ -60,9 +75,9 @@ def parse_options() -> argparse.Namespace:
         "--suggest",
         type=positive,
         metavar="N",
-        help="print the N pictures to label next, least certain first, those the run was trained "
-        "on with a label left out, and write them to DIR/suggest.txt; the score is the mean over "
-        "the pixels of 1 - the probability of the predicted class",
+        help="print the N images to label next, least certain first, without those that the run "
+        "was trained on with a label, and write them to DIR/suggest.txt; the score is the mean "
+        "over the pixels of 1 - the probability of the predicted class",
     )
     add_prediction_options(add)
     add(
@@ -70,15 +85,15 @@ def parse_options() -> argparse.Namespace:
         type=number(int, 32, 2**15, "a whole number from 32 on"),
         default=1024,
         metavar="N",
-        help="predict larger pictures in tiles of this side; smaller ones need less memory",
+        help="predict larger images in tiles of this side; smaller tiles need less memory",
     )
     add(
         "--onnx",
         metavar="FILE",
-        help="export the network, with normalisation and upsampling, for any size (what else "
-        "resizes pictures here is not part of it)",
+        help="export the network for any size, with normalisation and upsampling (not with the "
+        "other resizing that predict.py does)",
     )
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     args.run = None
     if args.paths and not args.checkpoint:
         args.run = args.paths.pop(0)
@@ -86,75 +101,68 @@ def parse_options() -> argparse.Namespace:
         args.checkpoint or not args.dataset, "--dataset goes with --checkpoint; a run knows its own"
     )
     model = args.run or args.checkpoint
-    need(model, "name a run's folder or --checkpoint FILE")
-    need(args.paths or args.onnx, f"name pictures or folders after {model}, or --onnx FILE")
+    need(model, "name a run folder or --checkpoint FILE")
+    need(args.paths or args.onnx, f"name images or folders after {model}, or --onnx FILE")
     need(args.out_dir or not args.paths, "--out-dir DIR is missing: where the masks go")
     return args
 
 
-# --------------------------------------------------------------------------- pictures and outputs
-def find_pictures(paths: list[str], out_dir: Path) -> dict[Path, Path]:
-    """Every picture that `paths` name, folders walked, and where its output goes (a path without
-    ending). Sub-folders are kept; no two pictures share an output, and nothing is written over but
-    earlier predictions. Raises UserError for a path that leads to no picture."""
-    found: dict[Path, Path] = {}  # picture -> its name below out_dir
+# ----------------------------------------------------------------------------- images and outputs
+def find_images(paths: list[str], out_dir: Path) -> dict[Path, Path]:
+    """Every image that `paths` name, folders walked, and where its output goes (a path without
+    ending). Sub-folders are kept, and no two images share an output. UserError for a path without
+    an image, and for an output that would replace an input."""
+    found: dict[Path, Path] = {}  # image -> its name below out_dir
     several = sum(Path(path).is_dir() for path in paths) > 1
     for path in map(Path, paths):
         if path.is_file():
             found.setdefault(path.absolute(), Path(path.name))
             continue
-        need(path.is_dir(), f"{path}: no such picture or folder")
+        need(path.is_dir(), f"{path}: no such image or folder")
         parent = Path(path.resolve().name) if several else Path()
-        for file in pictures_below(path, out_dir):
+        for file in images_below(path, out_dir):
             found.setdefault(file.absolute(), parent / file.relative_to(path))
-    for picture in found:
-        need_utf8(picture)
-    pictures = {picture.resolve() for picture in found}
     targets, taken = {}, set()
-    for picture, name in found.items():
-        stem = free_stem(name, out_dir, taken)
-        targets[picture] = stem
+    for image, name in found.items():
+        need_utf8(image)
+        stem = targets[image] = free_stem(name, out_dir, taken)
         longest = partial_of(Path(f"{stem}{ENDINGS[-1]}")).name
         need(
             len(os.fsencode(longest)) <= LONGEST_NAME,
-            f"{picture}: its name is too long for a mask of that name; rename it",
+            f"{image}: its name is too long for a mask of that name; rename it",
         )
-        need(
-            not any(Path(f"{stem}{ending}").resolve() in pictures for ending in ENDINGS),
-            f"--out-dir {out_dir}: the mask of {picture} would be written over a picture; choose "
-            "another",
-        )
-        mask, overlay = (Path(f"{stem}{ending}") for ending in ENDINGS[:2])
-        need(
-            overlay.exists() or not mask.exists(),
-            f"{mask}: is there without {overlay.name}, so it is no earlier prediction, and it is "
-            "not written over; choose another --out-dir",
-        )
+    outputs = [Path(f"{stem}{ending}") for stem in targets.values() for ending in ENDINGS]
+    need_no_input(outputs, found)
     return targets
 
 
-def pictures_below(folder: Path, out_dir: Path) -> list[Path]:
-    """The pictures in a folder and its sub-folders, hidden ones and earlier predictions left
-    out."""
+def images_below(folder: Path, out_dir: Path) -> list[Path]:
+    """The images in a folder and its sub-folders without hidden files and earlier predictions. A
+    note names what else is not read."""
     root, out = folder.resolve(), out_dir.resolve()
-    need(
-        root != out,
-        f"--out-dir {out_dir}: is the folder of the pictures; choose another, or the masks would "
-        "be taken for pictures next time",
-    )
-    inside = root in out.parents
-    files = [p for p in all_pictures(folder) if not (inside and p.resolve().is_relative_to(out))]
-    others = [path for path in files if path.suffix.lower() in OTHER_PICTURES]
-    files = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    suffixes = ", ".join(IMAGE_SUFFIXES)
-    need(files, f"{folder}: holds no picture ({suffixes}), nor do its sub-folders")
-    if others:
-        note(f"{len(others)} pictures are left out ({others[0]} ...): only {suffixes} are read")
-    return files
+    need(root != out, f"--out-dir {out_dir}: is the folder of the images; choose another")
+    images, skipped = [], []
+    for path in sorted(folder.rglob("*")):  # does not follow links to folders
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        earlier = root in out.parents and path.resolve().is_relative_to(out)
+        if hidden or earlier or (path.is_dir() and not path.is_symlink()):
+            continue
+        if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+            images.append(path)
+        elif path.suffix.lower() not in HARMLESS:
+            skipped.append(path)
+    read = ", ".join(IMAGE_SUFFIXES)
+    need(images, f"{folder}: no image ({read}) in it or its sub-folders")
+    if skipped:
+        note(
+            f"{len(skipped)} files or linked folders are left out ({skipped[0]} ...): only {read} "
+            "are read"
+        )
+    return images
 
 
 def free_stem(name: Path, out_dir: Path, taken: set[str]) -> Path:
-    """Where the output of a picture goes: a.jpg -> a; beside it a.png -> a.png; then numbers."""
+    """Where the output of an image goes: a.jpg -> a; beside it a.png -> a.png; then numbers."""
     numbers = (name.with_name(f"{name.stem}-{i}") for i in itertools.count(2))
     for stem in itertools.chain([name.with_suffix(""), name], numbers):
         outputs = {f"{out_dir / stem}{ending}".lower() for ending in ENDINGS}
@@ -166,51 +174,129 @@ def free_stem(name: Path, out_dir: Path, taken: set[str]) -> Path:
 def write_masks(stem: Path, image: Tensor, label, confidence, palette) -> None:
     """STEM.png, STEM_overlay.png and, with a confidence, STEM_confidence.png."""
     mask = Image.fromarray(label)
-    colours = np.full((256, 3), 255, np.uint8)  # of fewer the file would have too few bits for 255
+    colours = np.full((256, 3), 255, np.uint8)  # with fewer colours the file could not hold 255
     colours[: len(palette)] = palette
     mask.putpalette(colours.tobytes())  # "L" becomes "P"
-    photograph = Image.fromarray(image.permute(1, 2, 0).numpy())
-    overlay = Image.blend(photograph, mask.convert("RGB"), 0.5)
-    save_png(Path(f"{stem}_overlay.png"), overlay, compress_level=1)  # first, see `find_pictures`
+    overlay = Image.blend(Image.fromarray(image.permute(1, 2, 0).numpy()), mask.convert("RGB"), 0.5)
+    save_png(Path(f"{stem}_overlay.png"), overlay, compress_level=1)
     save_png(Path(f"{stem}.png"), mask)
     if confidence is not None:
         grey = (confidence.clip(0, 1) * 255).round().astype(np.uint8)
         save_png(Path(f"{stem}_confidence.png"), Image.fromarray(grey))
 
 
-def save_png(path: Path, picture: Image.Image, compress_level: int = 6) -> None:
-    write(path, lambda file: picture.save(file, "PNG", compress_level=compress_level))
+def save_png(path: Path, image: Image.Image, compress_level: int = 6) -> None:
+    write(path, lambda file: image.save(file, "PNG", compress_level=compress_level))
 
 
-def suggest(
-    scores: list[tuple[float, Path]], run: str | None, number: int
-) -> tuple[list[str], int]:
-    """The lines of suggest.txt: the pictures to label next, least certain first. Left out are those
-    of the name of one that the run was trained on with a label, and those of images/... with a mask
-    in labels/...; how many these are."""
+# ------------------------------------------------------------------------------------- prediction
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable, items: Iterable, most: int
+) -> Iterator[tuple[object, Future]]:
+    """Yield each item with the future of function(item), at most `most` of them ahead."""
+    waiting = deque()
+    for item in items:
+        waiting.append((item, pool.submit(function, item)))
+        if len(waiting) > most:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def read_batches(
+    pool: ThreadPoolExecutor, paths: Iterable[Path], most: Callable[[Tensor], int], ahead: int
+) -> Iterator[tuple[list[Path], list[Tensor]]]:
+    """Yield paths and images uint8 [3, H, W] of one size in batches of at most most(image). An
+    image that cannot be read is reported and left out."""
+    batch: tuple[list, list] = [], []
+    for path, future in in_order(pool, read_image, paths, ahead):
+        try:
+            image = future.result()
+        except UserError as error:
+            tqdm.write(f"predict.py: {error}", file=sys.stderr)
+            continue
+        if batch[1] and image.shape != batch[1][0].shape:
+            yield batch
+            batch = [], []
+        batch[0].append(path)
+        batch[1].append(image)
+        if len(batch[1]) >= most(image):
+            yield batch
+            batch = [], []
+    if batch[1]:
+        yield batch
+
+
+def predict_all(
+    model: Segmenter, targets: dict[Path, Path], args: argparse.Namespace
+) -> dict[Path, float]:
+    """Write the outputs of all images; how uncertain each is: the mean of 1 - the probability of
+    the predicted class. Threads read and write images while the network works; a few images per
+    thread are in memory. After an error or Ctrl-C every output is whole or absent."""
+    device, scores = model.mean.device, {}
+    window = tuple(model.config["crop_size"]) if args.sliding_window else None
+    options = dict(scales=args.scales, flip=args.flip, window=window)
+    threads = min(8, cores())
+
+    def batch_size(image: Tensor) -> int:
+        height, width = model.network_size(*image.shape[-2:])
+        return 1 if device.type == "cpu" else max(1, min(16, args.tile**2 // (height * width)))
+
+    def save(path: Path, image: Tensor, label: np.ndarray, confidence: np.ndarray) -> None:
+        shown = confidence if args.confidence else None
+        write_masks(targets[path], image, label, shown, model.palette)
+        scores[path] = 1 - float(confidence.mean())
+        bar.update()
+
+    hidden = None if targets else True  # None: shown only on a terminal
+    bar = tqdm(total=len(targets), unit="image", disable=hidden, dynamic_ncols=True)
+    with bar, ThreadPoolExecutor(threads) as pool:
+        written = deque()
+        try:
+            for paths, images in read_batches(pool, targets, batch_size, 2 * threads):
+                size = model.network_size(*images[0].shape[-2:])
+                batch = predict_images(
+                    model, torch.stack(images), size, args.tile, device, **options
+                )
+                for output in zip(paths, images, *batch, strict=True):
+                    written.append(pool.submit(save, *output))
+                while len(written) > 2 * threads:
+                    written.popleft().result()
+            for future in written:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return scores
+
+
+# ----------------------------------------------------------------------------- what to label next
+def suggest(scores: dict[Path, float], run: str | None, number: int) -> tuple[list[str], int]:
+    """The lines of suggest.txt: the images to label next, least certain first; and how many images
+    were left out: those with the name of one that the run was trained on with a label, and
+    images/... with a mask in labels/..."""
     file = Path(run or ".") / "labeled.txt"
     labelled = set(file.read_text("utf-8").splitlines()) if run and file.exists() else set()
     unsure = [
-        (score, picture)
-        for score, picture in scores
-        if name_of(picture).removesuffix("_leftImg8bit") not in labelled and not has_mask(picture)
+        (score, image)
+        for image, score in scores.items()
+        if name_of(image).removesuffix("_leftImg8bit") not in labelled and not has_mask(image)
     ]
     left_out = len(scores) - len(unsure)
     unsure = sorted(unsure, key=lambda entry: -entry[0])[:number]
-    return [f"{score:.4f}  {picture}" for score, picture in unsure], left_out
+    return [f"{score:.4f}  {image}" for score, image in unsure], left_out
 
 
-def has_mask(picture: Path) -> bool:
-    """Whether a picture in the layout of `--dataset folder` has a label."""
-    images, part = picture.parent.parent, picture.parent.name
+def has_mask(image: Path) -> bool:
+    """Whether an image in the layout of `--dataset folder` has a label."""
+    images, part = image.parent.parent, image.parent.name
     return images.name == "images" and any(
-        (images.parent / "labels" / part).glob(f"{glob.escape(picture.stem)}.[pP][nN][gG]")
+        (images.parent / "labels" / part).glob(f"{glob.escape(image.stem)}.[pP][nN][gG]")
     )
 
 
 # ------------------------------------------------------------------------------------ ONNX export
 class FullSizeNetwork(nn.Module):
-    """What --onnx writes: normalisation, network and upsampling to the picture's size."""
+    """What --onnx writes: normalisation, network and upsampling to the image's size."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -221,17 +307,9 @@ class FullSizeNetwork(nn.Module):
 
 
 def export_onnx(model: nn.Module, classes: list[str], path: Path) -> None:
-    """One file for any batch size, height and width; the class names stand in its metadata."""
+    """One file for any batch size, height and width, with the class names in its metadata."""
     missing = [n for n in ("onnx", "onnxscript") if importlib.util.find_spec(n) is None]
-    need(
-        not missing,
-        f"--onnx needs packages that are not installed: pip install {' '.join(missing)}",
-    )
-    need(not path.is_dir(), f"--onnx {path}: is a folder; name a file")
-    need(
-        path.parent.is_dir() and os.access(path.parent, os.W_OK),
-        f"--onnx {path}: {path.parent} is no folder that can be written to",
-    )
+    need(not missing, f"--onnx requires missing packages: pip install {' '.join(missing)}")
     example = torch.rand(2, 3, 96, 128, device=next(model.parameters()).device)
     try:
         program = torch.onnx.export(
@@ -253,41 +331,39 @@ def export_onnx(model: nn.Module, classes: list[str], path: Path) -> None:
 
 def main() -> None:
     args = parse_options()
-    warnings.filterwarnings("ignore", module="PIL")  # about metadata, or a size that is dealt with
-    targets = find_pictures(args.paths, Path(args.out_dir)) if args.paths else {}
+    warnings.filterwarnings("ignore", module="PIL")  # about metadata and sizes, handled here
+    targets, out_dir = {}, Path(args.out_dir or ".")
+    if args.paths:
+        need(
+            args.overwrite or not out_dir.is_dir() or not any(out_dir.iterdir()),
+            f"--out-dir {out_dir}: is not empty; choose another, or replace what has the same "
+            "names with --overwrite",
+        )
+        targets = find_images(args.paths, out_dir)
+    if args.onnx:
+        args.onnx = output_file("--onnx", args.onnx, args.overwrite)
+        weights = args.checkpoint or Path(args.run) / "model.safetensors"
+        need_no_input([args.onnx], [*targets, weights])
     if args.checkpoint:
         model = load_published(args.checkpoint, args.dataset)
     else:
         model = models.load(args.run)
     model.to(Accelerator().device)
     try:
-        Path(args.out_dir or ".").mkdir(parents=True, exist_ok=True)
+        out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out-dir {args.out_dir}: cannot be made ({error.strerror})") from None
+        raise UserError(f"--out-dir {out_dir}: cannot be made ({error.strerror})") from None
     if args.onnx:
-        export_onnx(model, model.classes, Path(args.onnx))
+        export_onnx(model, model.classes, args.onnx)
         print(f"network written to {args.onnx}")
-
-    window = tuple(model.config["crop_size"]) if args.sliding_window else None
-    options = dict(tile=args.tile, scales=args.scales, flip=args.flip, window=window)
-    scores = []
-    hidden = None if targets else True  # None: shown on a terminal alone
-    bar = tqdm(targets.items(), unit="picture", disable=hidden, dynamic_ncols=True)
-    for picture, stem in bar:
-        try:
-            image = read_image(picture)
-        except UserError as error:  # the others can still be predicted
-            tqdm.write(f"predict.py: {error}", file=sys.stderr)
-            continue
-        label, confidence = model.predict(image, confidence=True, **options)
-        write_masks(stem, image, label, confidence if args.confidence else None, model.palette)
-        scores.append((1 - float(confidence.mean()), picture))
-    report(args, targets, scores)
-    sys.exit(0 if len(scores) == len(targets) else 1)
+    if targets:
+        scores = predict_all(model, targets, args)
+        report(args, targets, scores)
+        sys.exit(0 if len(scores) == len(targets) else 1)
 
 
-def report(args: argparse.Namespace, targets: dict, scores: list[tuple[float, Path]]) -> None:
-    """What was written, and what to label next."""
+def report(args: argparse.Namespace, targets: dict, scores: dict[Path, float]) -> None:
+    """Print what was written and what to label next."""
     endings = "masks NAME.png, NAME_overlay.png"
     if args.confidence:
         endings += ", NAME_confidence.png"
@@ -297,10 +373,9 @@ def report(args: argparse.Namespace, targets: dict, scores: list[tuple[float, Pa
         print(text, end="")
         write(Path(args.out_dir) / "suggest.txt", lambda file: file.write(text.encode()))
         if left_out:
-            print(f"left out, since a picture of the same name has a label: {left_out}")
+            print(f"left out, since an image of the same name has a label: {left_out}")
         endings += ", suggest.txt"
-    if targets:
-        print(f"{len(scores)} of {len(targets)} pictures: {endings} in {args.out_dir}")
+    print(f"{len(scores)} of {len(targets)} images: {endings} in {args.out_dir}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Predict images of any size, and measure how good the predictions are.
 
-Prediction: class probabilities from scales, mirrored images, windows, and tiles of large images. A
-model here is whatever maps images [B, 3, H, W] in 0 .. 1 to (logits, ...) at some stride.
-Metrics: mIoU, pixel accuracy and boundary IoU, on every image of a loader.
+Prediction averages over scales, mirrored images and windows, and cuts large images into tiles. A
+model is anything that maps images [B, 3, H, W] in 0 .. 1 to (logits, ...) at some stride.
+Metrics: mIoU, pixel accuracy and boundary IoU over all images of a loader.
 """
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def predict_probabilities(
     for scale in scales:
         scaled = images
         if scale != 1:
-            # not so small that the backbone has nothing left, see Segmenter.network_size
+            # a backbone halves 32 pixels five times, see Segmenter.network_size
             size = [max(min(32, side), round(side * scale)) for side in (height, width)]
             scaled = F.interpolate(images, size=size, mode="bilinear", antialias=True)
         total = total + windowed(model, scaled, window, (height, width))
@@ -73,44 +74,62 @@ def tile_starts(length: int, tile: int) -> list[int]:
 
 
 @torch.no_grad()
-def predict_picture(
+def predict_images(
     model: nn.Module,
-    image: Tensor,
+    images: Tensor,
     size: tuple[int, int],
     tile: int = 1024,
-    device="cpu",
+    device: torch.device | str = "cpu",
     **options,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Class uint8 [H, W] and its probability float32 [H, W] of every pixel of a picture uint8
-    [3, H, W].
+    """Class uint8 [B, H, W] and its probability float32 [B, H, W] of every pixel of images uint8
+    [B, 3, H, W].
 
-    The network sees it at `size`, in overlapping tiles where that is larger than a tile, and the
-    probabilities are brought back to the picture's size a strip at a time: the memory needed
-    depends on the tile and hardly on the picture. `options` are those of predict_probabilities."""
-    height, width = image.shape[-2:]
-    label = np.empty((height, width), np.uint8)
-    confidence = np.empty((height, width), np.float32)
-    for rows, columns, prob in predict_strips(model, image, size, tile, device, **options):
-        best, index = prob.max(dim=0)
-        label[rows, columns] = index.byte().cpu().numpy()
-        confidence[rows, columns] = best.cpu().numpy()
+    The network sees them at `size`, in overlapping tiles if that is larger than a tile. The
+    probabilities are brought back to H and W a strip at a time, so the memory depends on the tile
+    and hardly on the image. `options` are those of predict_probabilities."""
+    shape = (len(images), *images.shape[-2:])
+    label, confidence = np.empty(shape, np.uint8), np.empty(shape, np.float32)
+    for rows, columns, prob in predict_strips(model, images, size, tile, device, **options):
+        best, index = prob.max(dim=1)
+        label[:, rows, columns] = index.byte().cpu().numpy()
+        confidence[:, rows, columns] = best.cpu().numpy()
     return label, confidence
 
 
+def predict_picture(model: nn.Module, image: Tensor, *arguments, **options):
+    """predict_images of one image uint8 [3, H, W]: class and probability [H, W]."""
+    label, confidence = predict_images(model, image[None], *arguments, **options)
+    return label[0], confidence[0]
+
+
 @torch.no_grad()
-def predict_strips(model, image: Tensor, size: tuple[int, int], tile: int, device, **options):
-    """Yield (rows, columns, probabilities [C, rows, columns]) that together cover the picture."""
-    small, (height, width) = resize_image(image, size), image.shape[-2:]
+def predict_strips(
+    model: nn.Module,
+    images: Tensor,
+    size: tuple[int, int],
+    tile: int,
+    device: torch.device | str,
+    **options,
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield (rows, columns, probabilities [B, C, rows, columns]) that together cover images uint8
+    [B, 3, H, W], or [3, H, W] for B = 1."""
+    height, width = images.shape[-2:]
+    scale = size[0] / height, size[1] / width
+    images = images.reshape(-1, 3, height, width)
+    small = torch.stack([resize_image(image, size) for image in images])
     tiles = itertools.product(split(size[0], height, tile), split(size[1], width, tile))
     for (top, bottom, y), (left, right, x) in tiles:
-        if not y or not x:  # the picture is so much smaller than `size` that no pixel falls here
+        if not y or not x:  # the image is so much smaller than `size` that no pixel falls here
             continue
-        crop = to_float(small[None, :, top:bottom, left:right], device)
-        prob = predict_probabilities(model, crop, **options)[0]  # [C, h, w]
-        step = max(1, 2**23 // (len(prob) * len(x)))
+        crop = to_float(small[..., top:bottom, left:right], device)
+        prob = predict_probabilities(model, crop, **options)  # [B, C, h, w]
+        prob = prob.to(cpu_for_mps(prob.device))
+        # a strip fits into a CPU's cache; on a GPU few large operations are faster
+        values = 2**20 if prob.device.type == "cpu" else 2**26
+        step = max(1, values // (prob.shape[0] * prob.shape[1] * len(x)))
         for strip in (y[i : i + step] for i in range(0, len(y), step)):
-            part = resample(prob, 1, strip, size[0] / height, top)
-            part = resample(part, 2, x, size[1] / width, left)
+            part = resample(prob, (strip, x), scale, (top, left))
             yield slice(strip.start, strip.stop), slice(x.start, x.stop), part
 
 
@@ -127,23 +146,33 @@ def split(length: int, original: int, tile: int) -> list[tuple[int, int, range]]
     return [(start, start + tile, taken) for start, taken in zip(starts, pixels, strict=True)]
 
 
-def resample(prob: Tensor, dim: int, pixels: range, scale: float, start: int) -> Tensor:
-    """Bilinear values along a dimension at the centres of pixels of another scale; `start` is
-    where prob begins."""
-    centres = torch.arange(pixels.start, pixels.stop, dtype=torch.float64) + 0.5
-    at = (centres * scale - 0.5 - start).clamp(0, prob.shape[dim] - 1)
-    low = at.long()
-    weight = (at - low).float().to(prob.device)[(...,) + (None,) * (2 - dim)]
-    low = low.to(prob.device)
-    high = (low + 1).clamp_max(prob.shape[dim] - 1)
-    return torch.lerp(prob.index_select(dim, low), prob.index_select(dim, high), weight)
+def resample(
+    prob: Tensor,
+    pixels: tuple[range, range],
+    scale: tuple[float, float],
+    start: tuple[int, int],
+) -> Tensor:
+    """Values of prob [B, C, h, w] under the centres of rows and columns of an image of another
+    size, bilinear. `scale`: height and width of such a pixel in those of prob; `start`: where prob
+    begins, at its own scale."""
+    if scale == (1, 1):
+        y, x = (slice(p.start - s, p.stop - s) for p, s in zip(pixels, start, strict=True))
+        return prob[..., y, x]
+    axes = []
+    for taken, factor, first, length in zip(pixels, scale, start, prob.shape[-2:], strict=True):
+        centres = torch.arange(taken.start, taken.stop, dtype=torch.float64) + 0.5
+        axes.append((2 * (centres * factor - first) / length - 1).float())  # -1 .. 1 over prob
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    grid = torch.stack([columns, rows], dim=-1).to(prob.device)  # [rows, columns, (x, y)]
+    grid = grid.expand(len(prob), -1, -1, -1)
+    return F.grid_sample(prob, grid, padding_mode="border", align_corners=False)
 
 
 # ------------------------------------------------------------------------------------- metrics
 class Metrics:
     """Counts of a segmentation, summed over images: the confusion matrix and, per class, the
     overlap of boundary regions (Cheng et al. 2021: the pixels of a mask within 2 % of the image
-    diagonal of its contour). Pixels that are not labelled are no part of either mask."""
+    diagonal of its contour). Pixels that are not labelled are left out of both masks."""
 
     def __init__(self, num_classes: int, device="cpu"):
         self.num_classes = num_classes
@@ -169,8 +198,8 @@ class Metrics:
         self.boundary[2] += count(torch.where(prediction_edge, prediction, n), n + 1)[:-1]
 
     def results(self) -> dict:
-        """Plain numbers: miou, accuracy, boundary_iou, and lists per class (None for a class that
-        occurs neither in the truth nor in the prediction; it is not part of the means)."""
+        """Plain numbers: miou, accuracy, boundary_iou, and lists per class: None for a class that
+        is neither in the truth nor in the prediction; the means leave it out."""
         both = self.confusion.diag()
         union = self.confusion.sum(0) + self.confusion.sum(1) - both
         iou = ratios(both, union)
@@ -200,8 +229,8 @@ def count(index: Tensor, length: int) -> Tensor:
 
 def boundary_region(label: Tensor, distance: int) -> Tensor:
     """[B, H, W] bool: the pixels within `distance` (Chebyshev) of another class or of the image's
-    edge. A pixel lies inside when the largest and the smallest label around it agree, so two
-    poolings serve all classes at once."""
+    edge. A pixel is inside if the largest and the smallest label around it agree, so two poolings
+    serve all classes at once."""
     x = F.pad(label[:, None].float(), [distance] * 4, value=-1.0)
     size = 2 * distance + 1
 
@@ -220,16 +249,15 @@ def evaluate(
     progress: str = "",
     **prediction,
 ) -> tuple[dict, Tensor]:
-    """Results (see Metrics) and confusion matrix of a model in eval mode on this process's
-    loader, summed over the processes. `prediction`: options of predict_probabilities. The model
-    must be the bare one, not wrapped for distributed training: processes may hold different
-    numbers of batches."""
+    """Results (see Metrics) and confusion matrix of a model in eval mode on this process's loader,
+    summed over the processes. `prediction`: options of predict_probabilities. The model must not be
+    wrapped for distributed training: processes may have different numbers of batches."""
     training = model.training
     model.eval()
     # bincount takes seconds with mps, or fails (ultralytics/ultralytics 26239)
     device = cpu_for_mps(accelerator.device)
     metrics = Metrics(num_classes, device)
-    # None: shown on a terminal alone
+    # None: shown only on a terminal
     silent = None if progress and accelerator.is_main_process else True
     bar = tqdm(loader, desc=progress, unit="batch", leave=False, disable=silent)
     for images, label, sizes in bar:
@@ -247,7 +275,7 @@ def evaluate(
 
 
 def table(results: dict, classes: list[str]) -> str:
-    """The results as text, one line per class and one of the means."""
+    """The results as text: a line per class and one with the means."""
 
     def percent(value: float | None) -> str:
         return "     -" if value is None else f"{100 * value:6.2f}"

@@ -1,5 +1,5 @@
-"""What TensorBoard shows beside the curves: images with labels and predictions, heat maps, and the
-representations in the projector."""
+"""The images in TensorBoard: labels and predictions, heat maps, and representations for its
+projector."""
 
 import torch
 from matplotlib.figure import Figure
@@ -11,6 +11,8 @@ from engine.evaluation import predict_probabilities
 from inputs.files import IGNORE
 from inputs.transforms import shrink_known, to_float
 
+MOST_NAMED = 40  # classes of a heat map with names and numbers; each takes time and memory
+
 
 def paint(label: Tensor, palette) -> Tensor:
     """[H, W] class ids -> uint8 [3, H, W] in the data set's colours; 255 is white."""
@@ -20,12 +22,12 @@ def paint(label: Tensor, palette) -> Tensor:
 
 
 def draw_grid(rows: list[list[Tensor]], titles: list[str]) -> Figure:
-    """Pictures in rows under their titles: uint8 [3, H, W], or a map [H, W] in 0 .. 1 in grey."""
+    """Rows of images under their titles: uint8 [3, H, W], or maps [H, W] in 0 .. 1, drawn grey."""
     figure = Figure(figsize=(2.4 * len(titles), 2.0 * len(rows) + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for i, row in enumerate(rows):
-        for axis, picture in zip(axes[i], row, strict=True):
-            values = picture.permute(1, 2, 0) if picture.dim() == 3 else picture
+        for axis, image in zip(axes[i], row, strict=True):
+            values = image.permute(1, 2, 0) if image.dim() == 3 else image
             axis.imshow(values.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_axis_off()
     for axis, title in zip(axes[0], titles, strict=True):
@@ -34,12 +36,15 @@ def draw_grid(rows: list[list[Tensor]], titles: list[str]) -> Figure:
 
 
 def heat_map(matrix: Tensor, names: list[str]) -> Figure:
-    """A matrix in 0 .. 1 with the class names along both sides; its values in per cent."""
-    side = 1.6 + 0.34 * len(names)
+    """A matrix in 0 .. 1; up to MOST_NAMED classes with their names on both sides and the values in
+    per cent."""
+    side = 1.6 + 0.34 * min(len(names), MOST_NAMED)
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1)
-    plain = dict(fontsize=8, parse_math=False)  # a $ in a name is no formula
+    axis.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    if len(names) > MOST_NAMED:
+        return figure
+    plain = dict(fontsize=8, parse_math=False)  # a $ in a name does not start a formula
     axis.set_xticks(range(len(names)), names, rotation=90, **plain)
     axis.set_yticks(range(len(names)), names, **plain)
     for i, j in (matrix >= 0.005).nonzero().tolist():
@@ -56,8 +61,8 @@ def spread_indices(length: int, number: int) -> list[int]:
 
 @torch.no_grad()
 def draw_validation(network: nn.Module, images, palette, device) -> Figure:
-    """Some images (the same every time) of a data set of (image uint8 [3, H, W], label uint8
-    [H, W], size [2]), with truth, prediction and its confidence."""
+    """Four images with truth, prediction and confidence, always the same ones. `images`: a data set
+    of (image uint8 [3, H, W], label uint8 [H, W], size [2])."""
     network.eval()
     rows = []
     for index in spread_indices(len(images), 4):
@@ -71,15 +76,18 @@ def draw_validation(network: nn.Module, images, palette, device) -> Figure:
 
 
 def draw_training(to_plot: dict, palette) -> Figure:
-    """Images, (pseudo-)labels and confidence that the student saw in a step (see train_step), and
-    the pixels that ReCo drew as queries."""
+    """Images, (pseudo-)labels and confidence of a training step, and the queries that ReCo drew.
+
+    to_plot (see train_step): lists of batches, `images` [B, 3, H, W], `label` [B, H, W] and
+    `confidence` [B, H, W] (or bool); `reco`: the statistics of reco_loss with the rep_size (h, w),
+    empty without ReCo."""
     images, labels = torch.cat(to_plot["images"]), torch.cat(to_plot["label"])
     confidence = torch.cat([c.float() for c in to_plot["confidence"]])
     last, stats = len(images) - 1, to_plot["reco"]
     rows, titles = [], ["image", "(pseudo-)label", "confidence"]
     if stats:
         titles.append("queries of ReCo")
-        # a class without hard pixels has some that do not count
+        # the queries of a class without hard pixels have no weight
         queries = torch.where(stats["query_weight"][:, None] > 0, stats["queries"], -1).cpu()
     # labelled images come first, unlabelled ones last
     for b in sorted({0, min(1, last), max(last - 1, 0), last}):
@@ -94,8 +102,8 @@ def draw_training(to_plot: dict, palette) -> Figure:
 
 
 def query_mask(queries: Tensor, rep_size, b: int, size) -> Tensor:
-    """[1, H, W] bool: where the queries of image b of the batch lie; queries index into B*h*w,
-    -1 is none."""
+    """[1, H, W] bool: the pixels of the queries in image b of a batch; `queries` index into B*h*w,
+    -1: none."""
     h, w = rep_size
     picked = torch.zeros(h * w)
     mine = queries.flatten() - b * h * w
@@ -104,14 +112,14 @@ def query_mask(queries: Tensor, rep_size, b: int, size) -> Tensor:
 
 
 def draw_confusion(confusion: Tensor, names: list[str]) -> Figure:
-    """Confusion matrix [truth, prediction], each row as shares of the class's pixels."""
+    """Heat map of a confusion matrix [truth, prediction], rows in shares of the class's pixels."""
     counts = confusion.float()
     return heat_map(counts / counts.sum(1, keepdim=True).clamp_min(1), names)
 
 
 @torch.no_grad()
 def add_embedding(writer: SummaryWriter, network: nn.Module, images, source, device, step: int):
-    """A few hundred pixel representations, coloured by class, for TensorBoard's projector."""
+    """Write the representations of a few hundred pixels, coloured by class, for the projector."""
     generator = torch.Generator().manual_seed(0)
     vectors, classes = [], []
     network.eval()

@@ -4,6 +4,7 @@ are made, and evaluate.py as a user runs it."""
 import functools
 import itertools
 import json
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -24,6 +25,7 @@ from engine.evaluation import Metrics, predict_probabilities, tile_starts
 from engine.loaders import EvaluationImages
 from inputs import files, transforms
 from inputs.files import IGNORE
+from inputs.source import street_scene
 from test_models import published_weights
 
 
@@ -46,7 +48,7 @@ def make_run(folder, dataset="street", data_path=None, max_size=1024, **network)
         | network
     )
     model = models.DeepLabV3Plus(**shape, pretrained=False)
-    images = torch.stack([data.street_scene("train", i)[0] for i in range(8)])
+    images = torch.stack([street_scene("train", i)[0] for i in range(8)])
     for _ in range(20):
         model(transforms.to_float(images, "cpu"))
     checkpoint.write_weights(folder, model)
@@ -186,7 +188,7 @@ def test_boundary_iou_is_that_of_a_literal_erosion(shape, void):
     prediction, label = random_maps(rng, classes, shape, void)
     distance = max(1, round(0.02 * (shape[1] ** 2 + shape[2] ** 2) ** 0.5))
     both, either = np.zeros(classes), np.zeros(classes)
-    for p, truth in zip(evaluation.numpy(), label.numpy(), strict=True):
+    for p, truth in zip(prediction.numpy(), label.numpy(), strict=True):
         for c in range(classes):
             mask_p, mask_l = (p == c) & (truth != IGNORE), truth == c
             edge_p, edge_l = mask_p & ~eroded(mask_p, distance), mask_l & ~eroded(mask_l, distance)
@@ -240,7 +242,9 @@ def test_a_folder_is_scored_at_the_size_that_predict_takes(tmp_path):
     classes = data.load_source("folder", str(tree)).classes
     arguments = {"dataset": "camvid", "max_size": 1024}
     config = {"arguments": arguments, "size": [36, 48], "classes": classes}
-    source = evaluate.load_images(Namespace(dataset="folder", data_path=str(tree)), config)
+    source = evaluate.load_images(
+        Namespace(run="run", dataset="folder", data_path=str(tree)), config
+    )
     assert source.training_size(96, 128) == source.training_size(9, 12) == (36, 48)
     assert source.training_size(128, 96) == (48, 36)
 
@@ -513,7 +517,7 @@ def test_published_checkpoint(paper_file, script, tmp_path, monkeypatch):
 
 
 def test_classes_of_published_checkpoints():
-    sources = {name: data.SOURCES[name] for name in models.DATASETS}
+    sources = {name: data.DATASETS[name].source for name in models.PUBLISHED}
     numbers = {name: (len(s.classes), len(s.palette)) for name, s in sources.items()}
     assert numbers == {"cityscapes": (19, 19), "pascal": (21, 21), "sun": (37, 37)}
 
@@ -531,6 +535,10 @@ def bad(own, tmp_path):
     victim = torn / "images" / "val" / "val_001.png"
     victim.write_bytes(victim.read_bytes()[:100])
     four = trees.folder(tmp_path / "four", train=1, val=1, classes=4)
+    shutil.copytree(own, ade := tmp_path / "ade")  # a run of a checkout with another data set
+    config = json.loads((ade / "config.json").read_text())
+    config["arguments"]["dataset"] = "ade"
+    (ade / "config.json").write_text(json.dumps(config))
     city = ["--dataset", "cityscapes", "--data-path", tmp_path]
     return [
         ([], "--checkpoint"),
@@ -544,6 +552,9 @@ def bad(own, tmp_path):
         ([own, "--scales", "0"], "--scales"),
         ([own, "--scales", "1e9"], "--scales"),
         ([own, "--json", own], "is a folder"),
+        ([own, "--json", own / "config.json"], "config.json: exists"),
+        ([own, "--json", own / "model.safetensors", "--overwrite"], "overwrite the input"),
+        ([ade], "the data set ade"),
         (["nowhere/my run"], "nowhere/my run: no such folder"),
         ([own, "--json", "nowhere/results.json"], "nowhere"),
         ([own, "--dataset", "folder", "--data-path", torn], "val_001.png"),

@@ -1,16 +1,18 @@
-"""experiments.py: the table follows from experiments.csv, and what stands there is not run again."""
+"""experiments.py: table and figures follow from results.csv; a run in it is not repeated."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
 
 import experiments
+from cli import ROOT
 from experiments import FIELDS, Setting
 from inputs.errors import UserError
 
 RECO, NAME = "ClassMix + ReCo", "street, 20 labels"
-TINY = "--channels 16 --low-channels 8 --rep-dim 8 --crop-size 48 --batch-size 2 --num-labeled 2"
+TINY = "--channels 16 --crop-size 48 --batch-size 2 --num-labeled 2"
 
 
 def line(method: str, lr: str, seed: int, validation: float, test: float, setting=NAME) -> dict:
@@ -78,18 +80,38 @@ def test_curves_are_grouped_by_setting_method_and_step():
     assert experiments.curves(chosen)[NAME]["ClassMix"] == {250: [20.0], 500: [40.0]}
     # the other method has three seeds, of which this one alone is compared
     assert [len(v) for v in experiments.curves(chosen)[NAME][RECO].values()] == [1, 1]
+    chosen = {
+        (n, m): rows for (n, m), rows in chosen.items() if n.startswith("camvid") and m == RECO
+    }
     assert experiments.label_curve(chosen) == {RECO: {5: [21.0], 20: [31.0]}}
-    chosen["camvid, 20 labels", RECO].append(line(RECO, "0.2", 1, 0.4, 0.25, "camvid, 20 labels"))
-    assert experiments.label_curve(chosen)[RECO][20] == [31.0, 25.0]  # the ablation has one seed
 
 
 def test_command_lines_name_what_decides_the_result():
-    words = experiments.arguments_of("handwriting, 60 labels", "supervised", 0.2, 1)
-    assert words[0] == "train_supervised.py"
-    assert "--warmup-iterations" not in words  # of the mean teacher alone
-    semi = experiments.arguments_of("handwriting, 60 labels", RECO, 0.2, 1)
+    name = "camvid, 20 labels, 8 labelled a step"
+    words = experiments.arguments_of(name.removesuffix(", 8 labelled a step"), "supervised", 0.2, 1)
+    assert words[0] == "train_supervised.py" and "--labeled-batch-size" not in words
+    semi = experiments.arguments_of(name, RECO, 0.2, 1)
     assert semi[:2] == ["train_semi.py", "--reco"]
-    assert "--warmup-iterations 600 --lr 0.2 --seed 1" in " ".join(semi)
+    assert "--labeled-batch-size 8 --lr 0.2 --seed 1" in " ".join(semi)
+
+
+def test_figures_of_the_committed_results(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "docs" / "results.csv", tmp_path)
+    for name, width in (("curves", 1300), ("labels", 400)):
+        command = ["experiments.py", "--results", str(tmp_path), "--figure", name]
+        monkeypatch.setattr("sys.argv", command)
+        experiments.main()
+        assert Image.open(tmp_path / f"{name}.png").width > width
+    rows = experiments.read_rows(tmp_path)
+    assert {row["machine"] for row in rows} == {"CPU core", "H100", "H200"}
+    monkeypatch.setattr("sys.argv", [*command[:-1], "camvid"])
+    monkeypatch.setattr(experiments, "RUNS", tmp_path)
+    with pytest.raises(UserError, match="camvid-20-labels-supervised-lr0"):
+        experiments.main()
+    (tmp_path / "results.csv").unlink()
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(UserError, match=r"results.csv has no run for labels.png"):
+        experiments.main()
 
 
 def test_a_run_is_made_once_and_reported(tmp_path, monkeypatch):
@@ -106,8 +128,10 @@ def test_a_run_is_made_once_and_reported(tmp_path, monkeypatch):
     assert "--iterations 2" in row["arguments"] and str(tmp_path) not in row["arguments"]
     mean = f"{100 * float(row['test miou']):.1f}"
     assert f"| {NAME} | {mean} ({mean} to {mean}), n = 1 |" in (tmp_path / "tables.md").read_text()
+    assert row["machine"] == "CPU core" and row["commit"]
+    monkeypatch.setattr(experiments, "MAIN", ["supervised"])
+    experiments.FIGURES["streets"](None, tmp_path / "streets.png")
     assert Image.open(tmp_path / "streets.png").width > 1000
-    assert Image.open(tmp_path / "curves.png").width > 300
 
     folder = experiments.folder_of(NAME, "supervised", 0.2, 0)
     tested = json.loads((folder / "evaluation-test.json").read_text())
@@ -119,18 +143,14 @@ def test_a_run_is_made_once_and_reported(tmp_path, monkeypatch):
     assert (tmp_path / "results.csv").read_bytes() == before
 
 
-def test_what_was_asked_for_is_shown(tmp_path, monkeypatch):
-    """Also where no run chose the rate, and beside runs at a better one."""
+def test_the_table_shows_what_was_asked_for(tmp_path, monkeypatch):
+    """Also if no run chose the rate, and if another rate is better."""
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
-    (tmp_path / "streets.png").write_text("of all methods")
 
     def measure(args, job):
         words = " ".join(experiments.arguments_of(*job))
         row = line(job[1], str(job[2]), job[3], 0.3, 0.321, job[0]) | {"arguments": words}
         experiments.add_row(args.results, row.values())
-        weights = experiments.folder_of(*job) / "model.safetensors"
-        weights.parent.mkdir(parents=True)
-        weights.write_text("of one method; the others were trained elsewhere")
 
     monkeypatch.setattr(experiments, "measure", measure)
     command = ["experiments.py", "--results", str(tmp_path)]
@@ -150,7 +170,6 @@ def test_what_was_asked_for_is_shown(tmp_path, monkeypatch):
     experiments.add_row(tmp_path, line("ClassMix", "0.2", 0, 0.9, 0.9).values())
     shown = table("--only", NAME, "--lr", "0.3", "--seeds", "0", "--methods", RECO)
     assert f"| {NAME} | {RECO} | 0.3 | 32.1 (32.1 to 32.1), n = 1 |" in shown
-    assert (tmp_path / "streets.png").read_text() == "of all methods"  # ClassMix is not here
     other = "camvid, 20 labels, 8 labelled a step"
     experiments.add_row(tmp_path, line("CutMix", "0.04", 0, 0.5, 0.5, other).values())
     shown = table("--only", NAME, "--lr", "0.3", "--seeds", "0", "--methods", RECO)
@@ -158,7 +177,7 @@ def test_what_was_asked_for_is_shown(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, cached", [(NAME, False), ("camvid, 20 labels", True)])
-def test_photographs_are_decoded_once_for_all_runs(name, cached, tmp_path, monkeypatch):
+def test_images_are_decoded_once_for_all_runs(name, cached, tmp_path, monkeypatch):
     commands = []
 
     def run_script(*words):
@@ -174,7 +193,7 @@ def test_photographs_are_decoded_once_for_all_runs(name, cached, tmp_path, monke
     assert all("cache" not in word for word in experiments.arguments_of(name, RECO, 0.2, 0))
 
 
-def test_what_fails_is_told(tmp_path, monkeypatch):
+def test_a_failure_is_reported(tmp_path, monkeypatch):
     broken = Setting("--backbone no_such_network", (0.2,), ["supervised"])
     monkeypatch.setattr(experiments, "SETTINGS", {NAME: broken})
     monkeypatch.setattr(experiments, "RUNS", tmp_path)
@@ -182,7 +201,7 @@ def test_what_fails_is_told(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"train_supervised.py.*failed.*no_such_network"):
         experiments.main()
     monkeypatch.setattr("sys.argv", ["experiments.py", "--only", NAME, "p7"])
-    with pytest.raises(UserError, match="p7: fits none of"):
+    with pytest.raises(UserError, match="p7: is none of"):
         experiments.main()
     monkeypatch.setattr("sys.argv", ["experiments.py", "--only", NAME, "--methods", "CutMix"])
     with pytest.raises(UserError, match="CutMix: none of them is run in street"):

@@ -1,9 +1,10 @@
-"""predict.py and models.load: any picture of any size, the mask where it belongs, and what becomes
-of a file that is no picture."""
+"""predict.py and models.load: images of any kind and size, where the masks go, and files that are
+not images."""
 
 import itertools
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from engine import evaluation
 from engine.evaluation import predict_probabilities
 from inputs import files, transforms
 from inputs.errors import UserError
+from inputs.source import street_scene, value_table
 from test_evaluate import Constant, Pointwise, make_run
 
 
@@ -29,9 +31,7 @@ def street(tmp_path_factory):
 
 
 def scene(index=0, size=(64, 64)) -> Image.Image:
-    return Image.fromarray(data.street_scene("test", index)[0].permute(1, 2, 0).numpy()).resize(
-        size
-    )
+    return Image.fromarray(street_scene("test", index)[0].permute(1, 2, 0).numpy()).resize(size)
 
 
 def mask_of(path) -> np.ndarray:
@@ -44,31 +44,31 @@ def tree(folder) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-# ----------------------------------------------------------------------------------------- pictures
-def test_pictures_of_every_kind_and_size(street, script, tmp_path):
-    pictures = tmp_path / "in"
-    pictures.mkdir()
+# ------------------------------------------------------------------------------------------- images
+def test_images_of_every_kind_and_size(street, script, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
     base, grey = scene(1, (80, 56)), scene(1, (80, 56)).convert("L")
     for name, size in (("dot", (1, 1)), ("row", (300, 1)), ("column", (1, 299)), ("odd", (65, 33))):
-        scene(2, size).save(pictures / f"{name}.png")
-    base.save(pictures / "rgb.png")
-    base.convert("RGBA").save(pictures / "rgba.png")
-    base.quantize(200).save(pictures / "palette.png")
-    base.quantize(200).convert("RGB").save(pictures / "palette_as_rgb.png")
-    grey.save(pictures / "grey.png")
-    grey.convert("RGB").save(pictures / "grey_as_rgb.png")
-    grey.convert("LA").save(pictures / "grey_alpha.png")
-    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(pictures / "grey16.png")
-    base.convert("CMYK").save(pictures / "cmyk.jpg")
-    base.convert("1").save(pictures / "bits.bmp")
+        scene(2, size).save(folder / f"{name}.png")
+    base.save(folder / "rgb.png")
+    base.convert("RGBA").save(folder / "rgba.png")
+    base.quantize(200).save(folder / "palette.png")
+    base.quantize(200).convert("RGB").save(folder / "palette_as_rgb.png")
+    grey.save(folder / "grey.png")
+    grey.convert("RGB").save(folder / "grey_as_rgb.png")
+    grey.convert("LA").save(folder / "grey_alpha.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folder / "grey16.png")
+    base.convert("CMYK").save(folder / "cmyk.jpg")
+    base.convert("1").save(folder / "bits.bmp")
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: turn by 270 degrees
-    base.transpose(Image.Transpose.ROTATE_90).save(pictures / "turned.png", exif=exif)
-    base.save(pictures / "small.webp", lossless=True)
-    base.save(pictures / "small.tif")
+    base.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=exif)
+    base.save(folder / "small.webp", lossless=True)
+    base.save(folder / "small.tif")
 
     status, out, err = script(
-        predict, street, pictures, "--out-dir", tmp_path / "out", "--confidence"
+        predict, street, folder, "--out-dir", tmp_path / "out", "--confidence"
     )
     assert status == 0 and err == "", err
     model, palette = (
@@ -76,7 +76,7 @@ def test_pictures_of_every_kind_and_size(street, script, tmp_path):
         json.loads((street / "config.json").read_text())["palette"],
     )
     count = 0
-    for path in pictures.iterdir():
+    for path in folder.iterdir():
         stem = tmp_path / "out" / path.stem
         if path.suffix in (".webp", ".tif"):  # small.tif was first
             stem = tmp_path / "out" / {".tif": "small", ".webp": "small.webp"}[path.suffix]
@@ -103,7 +103,7 @@ def test_pictures_of_every_kind_and_size(street, script, tmp_path):
             <= 1
         )
         count += 1
-    assert f"{count} of {count} pictures" in out and len(tree(tmp_path / "out")) == 3 * count
+    assert f"{count} of {count} images" in out and len(tree(tmp_path / "out")) == 3 * count
     masks = {
         name: mask_of(tmp_path / "out" / f"{name}.png")
         for name in (
@@ -135,76 +135,65 @@ def test_pictures_of_every_kind_and_size(street, script, tmp_path):
 
 
 def test_names_never_collide(street, script, tmp_path):
-    for name in (
-        "a.png",
-        "a.jpg",
-        "sub/a.png",
-        "sub/deep/b.png",
-        "a_overlay.png",
-        ".hidden/c.png",
-        "notes.txt",
-    ):
+    names = ("a.png", "a.jpg", "sub/a.png", "sub/deep/b.png", "a_overlay.png", ".hidden/c.png")
+    for name in names:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).write_text("x") if name.endswith("txt") else scene(
-            len(name), (20, 10)
-        ).save(tmp_path / "in" / name)
+        scene(len(name), (20, 10)).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "notes.txt").write_text("x")
     shutil.copytree(tmp_path / "in" / "sub", tmp_path / "other")
     out = tmp_path / "in" / "out"  # inside the folder that is walked
-    for _ in range(2):  # a second time the predictions are not taken for pictures
-        status, text, err = script(
-            predict, street, tmp_path / "in", "--out-dir", out, tmp_path / "in" / "a.png"
-        )
-        assert status == 0 and "5 of 5 pictures" in text, err
-        masks = ["a.png", "a.png.png", "a_overlay.png.png", "sub/a.png", "sub/deep/b.png"]
-        assert tree(out) == {
-            f"{m.removesuffix('.png')}{ending}"
-            for m in masks
-            for ending in (".png", "_overlay.png")
-        }
-    script(
-        predict,
-        street,
-        tmp_path / "other",
-        tmp_path / "in" / "sub",
-        tmp_path / "in" / "a.png",
-        "--out-dir",
-        tmp_path / "two",
-    )
-    assert {m for m in tree(tmp_path / "two") if "overlay" not in m} == {
-        "other/a.png",
-        "other/deep/b.png",
-        "sub/a.png",
-        "sub/deep/b.png",
-        "a.png",
-    }
-    targets = predict.find_pictures(
-        [
-            str(tmp_path / "in/sub/a.png"),
-            str(tmp_path / "in/a.png"),
-            str(tmp_path / "in/a.jpg"),
-            str(tmp_path / "other/a.png"),
-        ],
-        tmp_path,
-    )
+    for more in ([], ["--overwrite"]):  # the second time the predictions are not taken for images
+        words = [tmp_path / "in", "--out-dir", out, tmp_path / "in" / "a.png", *more]
+        status, text, err = script(predict, street, *words)
+        assert status == 0 and "5 of 5 images" in text, err
+        masks = ["a", "a.png", "a_overlay.png", "sub/a", "sub/deep/b"]
+        assert tree(out) == {f"{m}{ending}" for m in masks for ending in (".png", "_overlay.png")}
+    paths = [tmp_path / "other", tmp_path / "in" / "sub", tmp_path / "in" / "a.png"]
+    script(predict, street, *paths, "--out-dir", tmp_path / "two")
+    masks = {"other/a.png", "other/deep/b.png", "sub/a.png", "sub/deep/b.png", "a.png"}
+    assert {m for m in tree(tmp_path / "two") if "overlay" not in m} == masks
+    paths = ["in/sub/a.png", "in/a.png", "in/a.jpg", "other/a.png"]
+    targets = predict.find_images([str(tmp_path / p) for p in paths], tmp_path / "new")
     assert [t.name for t in targets.values()] == ["a", "a.png", "a.jpg", "a-2"]
 
 
-def test_nothing_but_predictions_is_written_over(street, script, tmp_path):
-    """A painted label, or a photograph that was not named, of the same stem."""
+def test_nothing_is_overwritten_without_overwrite(street, script, tmp_path):
+    """A painted label, or an image that was not named, of the same stem."""
     scene().save(tmp_path / "in.jpg")
     (tmp_path / "labels").mkdir()
     Image.new("L", (64, 64), 3).save(tmp_path / "labels" / "in.png")
     painted = (tmp_path / "labels" / "in.png").read_bytes()
-    command = [predict, street, tmp_path / "in.jpg", "--out-dir"]
-    status, text, err = script(*command, tmp_path / "labels")
+    command = [predict, street, tmp_path / "in.jpg", "--out-dir", tmp_path / "labels"]
+    status, text, err = script(*command)
     assert status == 2 and not text and err.count("\n") == 1
-    assert f"{tmp_path / 'labels' / 'in.png'}: is there without in_overlay.png" in err
+    assert "labels: is not empty" in err and "--overwrite" in err
     assert (tmp_path / "labels" / "in.png").read_bytes() == painted
     assert tree(tmp_path / "labels") == {"in.png"}
-    for _ in range(2):
-        assert script(*command, tmp_path / "out")[0] == 0
-    (tmp_path / "out" / "in.png").unlink()  # stopped between the two files of a picture
-    assert script(*command, tmp_path / "out")[0] == 0
+    assert script(*command, "--overwrite")[0] == 0
+    assert mask_of(tmp_path / "labels" / "in.png").shape == (64, 64)
+
+
+@pytest.mark.parametrize("link", [None, Path.symlink_to, Path.hardlink_to])
+def test_an_input_is_never_overwritten(link, street, script, tmp_path):
+    """Nor by another name of it."""
+    (tmp_path / "in").mkdir()
+    scene().save(file := tmp_path / "in" / "a.png")
+    out = tmp_path / "in" if link is None else tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    if link:
+        link(out / "a_overlay.png", file)
+    before = file.read_bytes()
+    status, text, err = script(predict, street, file, "--out-dir", out, "--overwrite")
+    assert status == 2 and not text and err.count("\n") == 1 and "overwrite the input" in err
+    assert file.read_bytes() == before
+    weights = street / "model.safetensors"
+    for output, more in ((weights, []), (weights, ["--overwrite"]), (tmp_path / "net.onnx", [])):
+        content = weights.read_bytes()
+        if output != weights:
+            output.write_text("another file")
+        status, text, err = script(predict, street, "--onnx", output, *more)
+        assert status == 2 and not text and err.count("\n") == 1 and str(output) in err
+        assert weights.read_bytes() == content
 
 
 @pytest.mark.parametrize("classes", [2, 3, 16, 17, 200])
@@ -219,7 +208,7 @@ def test_what_is_erased_in_a_predicted_mask_is_not_labelled(classes, white, tmp_
         mask.putpixel((1, 0), 255)
         mask.save(tmp_path / "erased.png")
     label[0, 1] = 255
-    table = data.value_table({i: i for i in (*range(classes), 255)})
+    table = value_table({i: i for i in (*range(classes), 255)})
     assert np.array_equal(files.read_label(tmp_path / "erased.png", table), label)
     by_colour = {files.pack_colour(*colour): i for i, colour in enumerate(colours)}
     erased = files.read_label(tmp_path / "erased.png", table, colours=by_colour)
@@ -232,10 +221,10 @@ def test_a_broken_file_is_reported_and_the_others_done(street, script, tmp_path)
         scene().save(tmp_path / "in" / f"{name}.png")
     whole = (tmp_path / "in" / "a.png").read_bytes()
     (tmp_path / "in" / "b.png").write_bytes(whole[:500])
-    (tmp_path / "in" / "d.jpg").write_text("not a picture")
+    (tmp_path / "in" / "d.jpg").write_text("not an image")
     (tmp_path / "in" / "e.png").write_bytes(b"")
     status, out, err = script(predict, street, tmp_path / "in", "--out-dir", tmp_path / "out")
-    assert status == 1 and "2 of 5 pictures" in out
+    assert status == 1 and "2 of 5 images" in out
     assert [line.split(": ")[1] for line in err.splitlines()] == [
         str(tmp_path / "in" / name) for name in ("b.png", "d.jpg", "e.png")
     ]
@@ -243,10 +232,10 @@ def test_a_broken_file_is_reported_and_the_others_done(street, script, tmp_path)
 
 
 def test_the_network_from_python(street, script, tmp_path):
-    """models.load(RUN).predict takes a picture in any form, and is what predict.py writes."""
+    """models.load(RUN).predict takes an image in any form, and is what predict.py writes."""
     model = models.load(street)
-    assert not model.training and model.classes == data.SOURCES["street"].classes
-    assert model.palette == data.SOURCES["street"].palette
+    assert not model.training and model.classes == data.DATASETS["street"].source.classes
+    assert model.palette == data.DATASETS["street"].source.palette
     shapes = ((64, 64), (1, 1), (33, 150), (200, 5))
     paths = []
     for i, (height, width) in enumerate(shapes):
@@ -290,7 +279,7 @@ def test_the_network_from_python(street, script, tmp_path):
     for tensor in (torch.zeros(3, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="uint8"):
             model.predict(tensor)
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(UserError, match=r"text\.png"):
         model.predict(tmp_path / "text.png")
     with pytest.raises(UserError, match="nowhere"):
@@ -328,14 +317,14 @@ def test_network_size_is_that_of_training(tmp_path):
         expected = source.training_size(*shape)
         assert size(source.name, *shape, size=source.size) == expected
         assert size(source.name, *shape) == expected  # an older config, without the entry
-    assert size("camvid", 720, 960, size=data.SOURCES["camvid"].size) == (360, 480)
+    assert size("camvid", 720, 960, size=data.DATASETS["camvid"].source.size) == (360, 480)
     for shape in ((3648, 5472), (701, 40), (700, 700), (32, 33)):
         assert size("folder", *shape, max_size=700) == own.training_size(*shape)
         assert size("street", *shape) == shape
     for shape in ((3648, 5472), (1, 1), (5, 20_000)):
         assert min(size("cityscapes", *shape)) >= 32 and max(size("cityscapes", *shape)) == 1024
     assert size("cityscapes", 20, 400) == (51, 1024)  # the longer side is brought up, too
-    assert size("camvid", 90, 60, size=data.SOURCES["camvid"].size) == (480, 320)
+    assert size("camvid", 90, 60, size=data.DATASETS["camvid"].source.size) == (480, 320)
     assert size("pascal", 20, 400) == (32, 400)  # never up
     assert size("pascal", 375, 500) == (375, 500) and size("pascal", 3000, 4000) == (375, 500)
 
@@ -461,17 +450,67 @@ def test_suggestions(street, script, tmp_path):
     )
 
 
-def test_pictures_of_other_formats_are_told(street, script, tmp_path):
-    (tmp_path / "in").mkdir()
-    scene().save(tmp_path / "in" / "a.jfif", "JPEG")
-    for name in ("b.heic", ".c.heic", "d.gif", "e.txt"):
+def test_what_is_left_out_is_reported(street, script, tmp_path):
+    for folder in ("in", "more"):
+        (tmp_path / folder).mkdir()
+        scene().save(tmp_path / folder / "a.jfif", "JPEG")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "more")
+    for name in ("b.heic", ".c.heic", "d.ppm", "e.txt", "f.svs"):
         (tmp_path / "in" / name).write_text("x")
     status, text, _ = script(predict, street, tmp_path / "in", "--out-dir", tmp_path / "out")
-    assert status == 0 and "1 of 1 pictures" in text and (tmp_path / "out" / "a.png").exists()
-    assert "note: 2 pictures are left out" in text and "b.heic ..." in text
+    assert status == 0 and "1 of 1 images" in text and (tmp_path / "out" / "a.png").exists()
+    assert "note: 4 files or linked folders are left out" in text and "b.heic ..." in text
 
 
-def test_a_linked_picture_has_the_name_of_the_link(street, script, tmp_path):
+@pytest.mark.parametrize("most", [1, 3])
+def test_batches_of_one_size(most, tmp_path):
+    """In order; what cannot be read is left out."""
+    sizes = [(8, 9)] * 4 + [(9, 8)] + [(8, 9)]
+    paths = [tmp_path / f"{i}.png" for i in range(len(sizes))]
+    for i, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        scene(i, size).save(path)
+    paths[1].write_text("not an image")
+    with ThreadPoolExecutor(2) as pool:
+        batches = list(predict.read_batches(pool, paths, lambda image: most, 2))
+    assert [path for batch, _ in batches for path in batch] == [paths[i] for i in (0, 2, 3, 4, 5)]
+    assert max(len(batch) for batch, _ in batches) == most
+    for batch, images in batches:
+        for path, image in zip(batch, images, strict=True):
+            assert torch.equal(image, files.read_image(path)) and image.shape == images[0].shape
+
+
+def test_a_batch_is_predicted_as_its_images(street):
+    model = models.load(street)
+    images = torch.stack([street_scene("test", i)[0] for i in range(3)])
+    labels, confidence = evaluation.predict_images(model, images, (96, 96), tile=64)
+    for i, image in enumerate(images):
+        label, sure = evaluation.predict_images(model, image[None], (96, 96), tile=64)
+        assert (labels[i] == label[0]).mean() > 0.999
+        np.testing.assert_allclose(confidence[i], sure[0], atol=1e-5)
+
+
+def test_ctrl_c_leaves_whole_files(street, script, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(12):
+        scene(i, (300, 200)).save(tmp_path / "in" / f"{i:02d}.png")
+    calls, true = itertools.count(), predict.predict_images
+
+    def interrupted(*arguments, **options):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return true(*arguments, **options)
+
+    monkeypatch.setattr(predict, "predict_images", interrupted)
+    status, _, _ = script(predict, street, tmp_path / "in", "--out-dir", tmp_path / "out")
+    written = tree(tmp_path / "out")
+    assert status == 130 and 0 < len(written) < 24
+    for name in written:
+        with Image.open(tmp_path / "out" / name) as image:
+            image.load()
+            assert image.size == (300, 200)
+
+
+def test_a_linked_image_has_the_name_of_the_link(street, script, tmp_path):
     """Which is the name of its label, too."""
     shutil.copytree(street, tmp_path / "run")
     (tmp_path / "run" / "labeled.txt").write_text("link_0\n")
@@ -482,8 +521,8 @@ def test_a_linked_picture_has_the_name_of_the_link(street, script, tmp_path):
         (tmp_path / "in" / f"link_{i}.png").symlink_to(tmp_path / "store" / f"{i}.png")
     words = [tmp_path / "run", tmp_path / "in", "--out-dir", tmp_path / "out", "--suggest", 5]
     status, text, _ = script(predict, *words)
-    assert status == 0 and "2 of 2 pictures" in text
-    assert "left out, since a picture of the same name has a label: 1\n" in text
+    assert status == 0 and "2 of 2 images" in text
+    assert "left out, since an image of the same name has a label: 1\n" in text
     masked = tmp_path / "images" / "val" / "a.png"
     assert not predict.has_mask(masked)
     (tmp_path / "labels" / "val").mkdir(parents=True)
@@ -513,9 +552,7 @@ def test_onnx(street, script, tmp_path):
     for batch, size in ((1, (64, 64)), (3, (77, 130)), (2, (33, 1))):
         images = torch.stack(
             [
-                transforms.to_float(
-                    transforms.resize_image(data.street_scene("val", i)[0], size), "cpu"
-                )
+                transforms.to_float(transforms.resize_image(street_scene("val", i)[0], size), "cpu")
                 for i in range(batch)
             ]
         )
@@ -587,15 +624,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(street, script, tmp_path):
     checkpoint = ["--dataset", "cityscapes", picture, *out, "--checkpoint"]
     before = tree(tmp_path)
     for arguments, culprit in [
-        ([], "run's folder"),
+        ([], "run folder"),
         ([street], str(street)),
         ([street, picture], "--out-dir"),
         ([street, tmp_path / "none.png", *out], "none.png"),
-        ([street, empty, *out], "empty: holds no picture"),
+        ([street, empty, *out], "empty: no image"),
         ([street, picture, tmp_path / "in", *out], f"{long}: its name is too long"),
         ([street, picture, "--out-dir", file], str(file)),
         ([street, picture, "--out-dir", file / "deeper"], "deeper"),
-        ([street, picture, "--out-dir", tmp_path], "a.png"),
+        ([street, picture, "--out-dir", tmp_path, "--overwrite"], "a.png"),
+        ([street, picture, "--out-dir", tmp_path], "not empty"),
         ([street, tmp_path / "in", "--out-dir", tmp_path / "in"], "--out-dir"),
         ([street, picture, *out, "--dataset", "sun"], "--dataset"),
         ([street, picture, *out, "--suggest", "0"], "--suggest"),
