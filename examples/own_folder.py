@@ -28,7 +28,7 @@ def launch(main: Callable[[], None]) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` has a limit
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

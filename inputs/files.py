@@ -274,11 +274,12 @@ def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None
     `writer` gets the open binary file. A write that fails leaves nothing under the final name.
     A link stays a link. A device, a pipe and /dev/stdout are written in place.
     """
-    in_place = str(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))  # even if sent to a file
+    stream = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))  # may be sent to a regular file
+    in_place = stream is not None
     with contextlib.suppress(FileNotFoundError):
         in_place |= not stat.S_ISREG(os.stat(path).st_mode)
     if in_place:
-        with open(path, "ab") as file:
+        with open(os.dup(stream) if stream else path, "wb") as file:
             writer(file)
         return
     path = Path(os.path.realpath(path))

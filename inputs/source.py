@@ -179,7 +179,7 @@ def list_files(
         for path in folder.glob(pattern)
         if path.suffix.lower() in suffixes and not path.name.startswith(".")
     )
-    kinds = pattern if pattern != "*" else "image, " + ", ".join(suffixes)
+    kinds = pattern if pattern != "*" else ", ".join(suffixes)
     need(found, f"{folder}: holds no {kinds} ({what})")
     for file in found:
         need_utf8(file)
