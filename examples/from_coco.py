@@ -121,16 +121,16 @@ def read_coco(args: argparse.Namespace) -> tuple[dict, dict, list[str], dict]:
 
 
 # ------------------------------------------------------------------------------------- the masks
-def run_lengths(counts: object) -> list[int]:
+def run_lengths(counts: object, what: str) -> list[int]:
     """COCO's run lengths: a list, or text of five bits a character, in which each run from the
     fourth on is a difference from the last but one."""
     if isinstance(counts, list):
         return counts
-    need(isinstance(counts, str) and counts.isascii(), "its run lengths are neither list nor text")
+    need(isinstance(counts, str) and counts.isascii(), f"{what}: a mask has no run lengths")
     runs, value, shift = [], 0, 0
     for code in counts.encode():
         bits = code - 48
-        need(0 <= bits < 64 and shift < 60, "its run lengths are damaged")
+        need(0 <= bits < 64 and shift < 60, f"{what}: the run lengths of a mask are damaged")
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:  # the last character of a number
@@ -146,7 +146,7 @@ def to_rle(segmentation: object, size: tuple[int, int], what: str) -> dict:
     height, width = size
     if isinstance(segmentation, dict):
         need(segmentation.get("size") == [height, width], f"{what}: its mask has another size")
-        runs = run_lengths(segmentation.get("counts"))
+        runs = run_lengths(segmentation.get("counts"), what)
         whole = all(type(run) is int and run >= 0 for run in runs) and sum(runs) == height * width
         need(whole, f"{what}: its run lengths do not add up to {width}x{height} pixels")
         return rle.frPyObjects({"size": [height, width], "counts": runs}, height, width)
@@ -183,10 +183,8 @@ def paint_segments(folder: Path, entry: dict, ids: dict, label: np.ndarray, what
         classes[key] = ids[same_id(segment["category_id"])]
     present = {*np.unique(segments).tolist()}
     lost = (present - {0}) ^ classes.keys()
-    need(
-        not lost,
-        f"{folder / name}: the segment {min(lost, key=str)} is in the PNG or the JSON only",
-    )
+    for key in lost:
+        raise UserError(f"{folder / name}: the segment {key} is in the PNG or the JSON only")
     for key, number in classes.items():
         label[segments == key] = number
 

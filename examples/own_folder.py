@@ -23,13 +23,13 @@ LONGEST_NAME = 200  # bytes; most file systems allow 255, and predict.py appends
 
 def launch(main: Callable[[], None]) -> None:
     """Run an example. What the user can fix is one line and status 2."""
-    if sys.stdout:  # a terminal that cannot show an umlaut gets its number
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may not know an umlaut
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` has a limit
     try:
         main()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # a name may hold a line break
         sys.exit(2)
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import data
 import trees
-from inputs import files, labels
+from inputs import files, folder, labels
 from inputs.errors import UserError
 from inputs.files import IGNORE
 from inputs.source import Source, value_table, voc_palette
@@ -95,6 +97,106 @@ def test_a_users_test_split_and_names_that_stand_twice(tmp_path, capsys):
     (root / "labels/test/val_000.png").unlink()
     with pytest.raises(UserError, match=r"images/test/val_000\.png: an image without a label"):
         load("folder", root)
+
+
+# --------------------------------------------------------------------------------------- classes
+NAME = st.from_regex(r"[^\W\d_][\w .()/-]{0,9}[^\W\d_]", fullmatch=True)
+CHANNEL = st.integers(0, 255)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    entries=st.lists(
+        st.tuples(NAME, st.tuples(CHANNEL, CHANNEL, CHANNEL)),
+        min_size=2,
+        unique_by=(lambda e: e[0], lambda e: e[1]),
+    ),
+    separator=st.sampled_from([" ", ", ", "\t", "  ,"]),
+    ending=st.sampled_from(["\n", "\r\n", "\n\n", "  \n"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig"]),
+    kind=st.sampled_from(["names", "colours", "labelmap"]),
+)
+def test_the_classes_are_those_of_the_file(
+    tmp_path_factory, entries, separator, ending, encoding, kind
+):
+    root = tmp_path_factory.mktemp("classes")
+    entries = [entry for entry in entries if entry[0].lower() != "void"]
+    lines = {
+        "names": [name for name, _ in entries],
+        "colours": [separator.join([name, *map(str, colour)]) for name, colour in entries],
+        "labelmap": [f"{name}:{','.join(map(str, colour))}::" for name, colour in entries],
+    }[kind]
+    file = root / ("labelmap.txt" if kind == "labelmap" else "classes.txt")
+    file.write_bytes(("".join(f"{line}{ending}" for line in lines)).encode(encoding))
+    found = folder.read_classes(root)
+    colours = [] if kind == "names" else [colour for _, colour in entries]
+    assert found == (file, [name for name, _ in entries], colours, [])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    content=st.one_of(
+        st.binary(max_size=60),
+        st.text(max_size=60).map(lambda t: t.encode("utf-8", "surrogatepass")),
+    )
+)
+def test_any_classes_file_is_read_or_refused(tmp_path_factory, content):
+    root = tmp_path_factory.getbasetemp()
+    (root / "classes.txt").write_bytes(content)
+    try:
+        _, names, colours, _ = folder.read_classes(root)
+        assert len(set(names)) == len(names) and len(colours) in (0, len(names))
+        assert all(name and name == name.strip() for name in names)
+    except UserError as error:
+        assert "classes.txt: " in str(error) and len(str(error).splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------- masks in palettes
+def with_palette(path: Path, colours: list[tuple[int, int, int]]) -> None:
+    trees.save(path, raw(path), [channel for colour in colours for channel in colour])
+
+
+def test_masks_of_one_palette_may_drop_its_end(tmp_path):
+    """A palette of greys is no palette, and colours beyond the classes mean nothing."""
+    root = trees.folder(tmp_path, classes=3, palette=False)
+    expected = [raw(sample.label) for sample in load("folder", root).train if sample.label]
+    own = [(7, 8, 9), (200, 100, 50), (1, 2, 3)]
+    masks = sorted((root / "labels/train").iterdir())
+    for mask in masks:
+        with_palette(mask, [*own, (4, 5, 6)])
+    shorter = np.minimum(expected[1], 1)
+    trees.save(masks[1], shorter, [*own[0], *own[1]])
+    with_palette(masks[2], [*own, (9, 9, 9)])
+    trees.save(masks[3], np.full_like(shorter, 1), [0, 0, 0, 2, 2, 2])  # the grey 2, by optipng
+    source = load("folder", root)
+    assert source.palette == own
+    found = [source.read_label(sample) for sample in source.train if sample.label]
+    for label, right in zip(
+        found, (expected[0], shorter, expected[2], 0 * shorter + 2), strict=True
+    ):
+        assert np.array_equal(label, right)
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_reordered_palettes_are_refused(tmp_path, part):
+    """ImageMagick keeps the colours of a palette PNG, but in another order."""
+    root = trees.folder(tmp_path)
+    for kind in ("images", "labels"):
+        shutil.copytree(root / kind / "val", root / kind / "test")
+    mask = min((root / "labels" / part).iterdir())
+    table = np.array([2, 0, 1], np.uint8)  # the new index of each class
+    colours = voc_palette(3)
+    trees.save(mask, table[raw(mask)], [c for i in (1, 2, 0) for c in colours[i]])
+    with pytest.raises(UserError, match=r"another palette than .*classes\.txt"):
+        load("folder", root)
+    text = "".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in zip("abc", colours, strict=True))
+    (root / "classes.txt").write_text(text)  # by colour
+    right = load("folder", trees.folder(tmp_path / "right"))
+    sample = getattr(load("folder", root), part)[0]
+    assert np.array_equal(
+        load("folder", root).read_label(sample),
+        right.read_label({"train": right.train, "val": right.val, "test": right.val}[part][0]),
+    )
 
 
 # ------------------------------------------------------------------------------- masks in colours
