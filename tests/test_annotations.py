@@ -402,7 +402,7 @@ def mutated(data, content):
         inside = content
         for key in path:
             inside = inside[key]
-        inside[last] = data.draw(st.sampled_from(ODD))
+        inside[last] = copy.deepcopy(data.draw(st.sampled_from(ODD)))
     return content
 
 
