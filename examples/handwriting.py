@@ -1,18 +1,17 @@
-"""
-Writes a `folder` data set of real handwriting, to try the path that your own pictures will take.
+"""Real handwriting as the folder that --dataset folder reads, to try it before your own images.
 
     $ python examples/handwriting.py dataset/handwriting
     $ accelerate launch train_semi.py --reco --dataset folder --data-path dataset/handwriting \\
           --num-labeled 60 --recipe street --channels 64 --crop-size 64 --scale 0.8 1.25 \\
           --batch-size 8 --lr 0.2 --iterations 2000 --val-interval 500 --warmup-iterations 600
 
-Each picture shows two to five of the 1,797 handwritten digits (8x8 pixels) that scikit-learn
-carries, enlarged, slanted and inked onto paper, wood or something blotchy; its label says which
-pixels are a zero, a one, ... or none. No digit is used in two of the training, validation and test
-pictures. The layout is the one to copy for your own data:
+Each image shows two to five of the 1,797 handwritten digits (8x8 pixels) of scikit-learn, enlarged,
+slanted and inked onto paper, wood or something blotchy; its label says which pixels are a zero, a
+one, ... or none. The training, validation and test images share no digit. Copy the layout for your
+own data:
 
-    DIR/images/{train,val,test}/NNNN.png    the pictures, RGB (test: for evaluate.py --split test;
-                                            may be left out)
+    DIR/images/{train,val,test}/NNNN.png    the images, RGB (test: for evaluate.py --split test;
+                                            optional)
     DIR/labels/{train,val,test}/NNNN.png    palette PNGs of that size: 0 background, 1 ... 10 the
                                             digits (255: not labelled)
     DIR/classes.txt                         one class name a line, in the order of the indices
@@ -21,38 +20,27 @@ pictures. The layout is the one to copy for your own data:
 import argparse
 import math
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
+from own_folder import add_image, launch, write_classes
 from PIL import Image
 
-CLASSES = (
-    "background",
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-)
-PALETTE = [
-    (38, 40, 48),
-    (231, 76, 60),
-    (243, 156, 18),
-    (241, 216, 76),
-    (139, 195, 74),
-    (38, 166, 122),
-    (72, 201, 224),
-    (66, 133, 244),
-    (126, 87, 214),
-    (224, 92, 186),
-    (188, 152, 126),
-]
+from inputs.errors import UserError, need
+
+CLASSES = {  # name: colour
+    "background": (38, 40, 48),
+    "zero": (231, 76, 60),
+    "one": (243, 156, 18),
+    "two": (241, 216, 76),
+    "three": (139, 195, 74),
+    "four": (38, 166, 122),
+    "five": (72, 201, 224),
+    "six": (66, 133, 244),
+    "seven": (126, 87, 214),
+    "eight": (224, 92, 186),
+    "nine": (188, 152, 126),
+}
 GROUNDS = [  # paper, card, wood, slate, blackboard
     (236, 228, 208),
     (222, 224, 226),
@@ -78,7 +66,7 @@ INKS = [  # pens, chalks
 ]
 
 
-def split_digits(targets, seed):
+def split_digits(targets: np.ndarray, seed: int) -> tuple[np.ndarray, ...]:
     """Indices of the training, validation and test digits: 3/4, 1/8 and 1/8 of every class."""
     rng, parts = np.random.default_rng(seed), ([], [], [])
     for digit in range(10):
@@ -89,16 +77,15 @@ def split_digits(targets, seed):
     return tuple(np.array(part) for part in parts)
 
 
-def smooth_noise(rng, size, rows, columns):
+def smooth_noise(rng: np.random.Generator, size: int, rows: int, columns: int) -> np.ndarray:
     """Noise of about rows x columns blobs: float [size, size] in [-1, 1]."""
     grid = Image.fromarray(rng.uniform(-1, 1, (rows, columns)).astype(np.float32))
     return np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def draw_ground(rng, size):
-    """Paper, a board or a stained wall, lit from one side.
-
-    Returns float [size, size, 3], 0..255, and its base colour [3]."""
+def draw_ground(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Paper, a board or a stained wall, lit from one side: float [size, size, 3], 0..255, and its
+    base colour [3]."""
     base = np.array(GROUNDS[rng.integers(len(GROUNDS))]) + rng.uniform(-12, 12, 3)
     kind = rng.integers(3)
     if kind == 0:  # paper: fine fibres
@@ -116,12 +103,12 @@ def draw_ground(rng, size):
     return (base + texture[..., None] * rng.uniform(0.7, 1.1, 3)) * light[..., None], base
 
 
-def draw_digit(rng, digit, height):
+def draw_digit(rng: np.random.Generator, digit: np.ndarray, height: float) -> np.ndarray:
     """One 8x8 digit (values 0..16) about `height` pixels high, turned, slanted: float [n, n]."""
     n, turn, slant = math.ceil(1.5 * height), rng.uniform(-0.15, 0.15), rng.uniform(-0.12, 0.12)
     stretch = rng.uniform(0.9, 1.1)
     cos, sin, unit = math.cos(turn), math.sin(turn), 8 / height
-    # picture coordinates (u, v) -> digit coordinates; the digit lies in the middle of 12x12
+    # image coordinates (u, v) -> digit coordinates; the digit is in the middle of 12x12
     a, b = unit * stretch * (cos + slant * sin), unit * stretch * (slant * cos - sin)
     d, e, middle = unit * sin, unit * cos, n / 2
     matrix = (a, b, 6 - (a + b) * middle, d, e, 6 - (d + e) * middle)
@@ -130,12 +117,16 @@ def draw_digit(rng, digit, height):
     return np.asarray(drawn)
 
 
-def draw_scene(rng, digits, targets, indices, size=64):
-    """
-    Two to five of the digits `indices` (into digits [N, 8, 8] and targets [N]) on a ground.
-    Returns image uint8 [size, size, 3], label uint8 [size, size] (0 background, 1 + digit), list of
-    the indices used.
-    """
+def draw_image(
+    rng: np.random.Generator,
+    digits: np.ndarray,
+    targets: np.ndarray,
+    indices: np.ndarray,
+    size: int = 64,
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Two to five of the digits `indices` (into digits [N, 8, 8] and targets [N]) on a ground:
+    image uint8 [size, size, 3], label uint8 [size, size] (0 background, 1 + digit), the indices
+    used."""
     image, base = draw_ground(rng, size)
     label, used = np.zeros((size, size), np.uint8), []
     inks = [ink for ink in INKS if abs(np.mean(ink) - base.mean()) > 70]  # readable on this ground
@@ -160,56 +151,45 @@ def draw_scene(rng, digits, targets, indices, size=64):
     return image.clip(0, 255).astype(np.uint8), label, used
 
 
-def refuse(message):
-    """One line on stderr, exit status 2."""
-    print(f"handwriting.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def main():
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("dir", metavar="DIR", type=Path, help="where to write; must not exist, or be empty")
-    add("--train", type=int, default=600, help="training pictures")
-    add("--val", type=int, default=150, help="validation pictures")
-    add("--test", type=int, default=300, help="test pictures")
+    add("--train", type=int, default=600, help="training images")
+    add("--val", type=int, default=150, help="validation images")
+    add("--test", type=int, default=300, help="test images")
     add("--size", type=int, default=64, help="width and height in pixels, 32 or more")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    if min(args.train, args.val, args.test) < 1:
-        refuse(f"--train {args.train} --val {args.val} --test {args.test}: each must be 1 or more")
-    if args.size < 32:
-        refuse(f"--size {args.size} is too small for the digits to be read: 32 or more")
-    if args.seed < 0:
-        refuse(f"--seed {args.seed}: 0 or more")
-    if args.dir.exists() and not (args.dir.is_dir() and not any(args.dir.iterdir())):
-        refuse(f"{args.dir} exists and is not an empty folder")
+    for option, least in (("train", 1), ("val", 1), ("test", 1), ("size", 32), ("seed", 0)):
+        value = getattr(args, option)
+        need(value >= least, f"--{option} {value}: {least} or more")
+    return args
+
+
+def main() -> None:
+    args = parse_options()
+    empty = not args.dir.exists() or (args.dir.is_dir() and not any(args.dir.iterdir()))
+    need(empty, f"{args.dir} exists and is not an empty folder")
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        refuse("the digits come with scikit-learn: pip install scikit-learn")
+        raise UserError("the digits are part of scikit-learn: pip install scikit-learn") from None
 
     data = load_digits()
+    write_classes(args.dir, [*CLASSES])
+    parts = split_digits(data.target, args.seed)
     counts = {"train": args.train, "val": args.val, "test": args.test}
     for number, (split, count) in enumerate(counts.items()):
-        indices = split_digits(data.target, args.seed)[number]
-        for kind in ("images", "labels"):
-            try:
-                (args.dir / kind / split).mkdir(parents=True)
-            except OSError as error:
-                refuse(f"cannot write to {args.dir}: {error.strerror}")
         for i in range(count):
             rng = np.random.default_rng([args.seed, number, i])
-            image, label, _ = draw_scene(rng, data.images, data.target, indices, args.size)
-            Image.fromarray(image).save(args.dir / "images" / split / f"{i:04d}.png")
-            label = Image.fromarray(label)
-            label.putpalette([channel for colour in PALETTE for channel in colour])
-            label.save(args.dir / "labels" / split / f"{i:04d}.png")
-    (args.dir / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+            drawn = draw_image(rng, data.images, data.target, parts[number], args.size)
+            image, label = Image.fromarray(drawn[0]), drawn[1]
+            add_image(args.dir, split, f"{i:04d}.png", image, label, [*CLASSES.values()])
     print(
-        f"{args.dir}: {args.train} training, {args.val} validation and {args.test} test pictures, "
+        f"{args.dir}: {args.train} training, {args.val} validation and {args.test} test images, "
         f"{args.size}x{args.size}, with labels"
     )
     print(
@@ -221,4 +201,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -1,13 +1,14 @@
-"""Reading images and label PNGs, writing files whole or not at all.
+"""Reading images, masks and texts; writing files whole or not at all.
 
-Everything is decoded by Pillow. torchvision's decoders are a tenth (PNG) to a sixth (JPEG) faster,
-but a damaged PNG ends the process there.
+Pillow decodes everything. torchvision's decoders are a tenth (PNG) to a sixth (JPEG) faster, but a
+damaged PNG crashes the process there.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,60 +20,77 @@ from torch import Tensor
 from inputs.errors import UserError, first_line, need
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".jfif")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # Pillow would start Ghostscript for PostScript
 IGNORE = 255  # in a label: not labelled
-OUTSIDE = 254  # in a value table: a value on disk that is no class
+OUTSIDE = 254  # in a value table: a value on disk that is not a class
 LABEL_MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # Pillow's modes of one number per pixel
 EXIF_ORIENTATION = 0x0112
 
 
 # ------------------------------------------------------------------------------------- reading
+def need_regular(path: str | Path) -> None:
+    """Raise UserError unless the path is a regular file or a link to one: a pipe would block."""
+    need(os.path.exists(path), f"{path}: no such file")
+    need(os.path.isfile(path), f"{path}: is not a regular file")
+
+
 def open_image(
     path: str | Path, size_needed: Callable[[int, int], tuple[int, int]] | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """A decoded picture, upright as its EXIF data say, and its height and width on disk.
+    """A decoded image, turned upright by its EXIF data, and its (H, W) upright at full size.
 
-    `size_needed` gives for (height, width) the size that is asked for: a JPEG of twice that size
-    or more is decoded at a half, a quarter or an eighth, which is faster.
-    Raises UserError that names the file: missing, no image, truncated.
+    `size_needed` maps (H, W) to the size that is required: a JPEG of twice that size or more is
+    decoded at 1/2, 1/4 or 1/8, which is faster.
+    Raises UserError that names the file: missing, not an image, truncated.
     """
+    need_regular(path)
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=FORMATS)
         width, height = image.size
         if size_needed:
             image.draft(None, size_needed(height, width)[::-1])
         image.load()
-        quarter_turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+        quarter_turned = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
         ImageOps.exif_transpose(image, in_place=True)
         return image, (width, height) if quarter_turned else (height, width)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except Image.DecompressionBombError:
         most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
         raise UserError(
-            f"{path}: is larger than {most:.0f} megapixels; cut it into smaller pictures"
+            f"{path}: is larger than {most:.0f} megapixels; cut it into tiles"
         ) from None
     except UnidentifiedImageError:
-        reason = "not an image that can be read" if os.path.getsize(path) else "is empty"
-        raise UserError(f"{path}: {reason}") from None
+        kinds = "not an image that can be read (PNG, JPEG, BMP, TIFF, WebP)"
+        raise UserError(f"{path}: {kinds if os.path.getsize(path) else 'is empty'}") from None
     except Exception as error:  # decoders raise many kinds
         reason = first_line(error)
         raise UserError(f"{path}: cannot be decoded, truncated or damaged ({reason})") from None
 
 
 def need_utf8(path: Path) -> None:
-    """UserError for a name that a text file, a log or a label's name could not hold."""
+    """Raise UserError for a name that a text file, a log or a mask's name could not hold."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{str(path)!a}: a file name that is not UTF-8; rename it") from None
+        raise UserError(f"{str(path)!a}: the file name is not UTF-8; rename it") from None
 
 
-def to_rgb(image: Image.Image) -> Tensor:
-    """uint8 RGB [3, H, W]; grey, palette and alpha images are brought to RGB, 16 bits to 8."""
+def to_rgb(image: Image.Image, path: str | Path = "the image") -> Tensor:
+    """uint8 RGB [3, H, W] of a grey, palette or alpha image, or of one of 16 bits or floats.
+
+    16 bits: 65535 is white. Floats: the largest value, at least 1, is white; NaN and infinity are
+    black. Raises UserError for values outside 0 .. 65535: decibels, or a huge "no data" value that
+    would turn the rest black.
+    """
     if image.mode.startswith(("I", "F")):  # Pillow would clip these at 255
         values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-        top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1.0)
-        image = Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
+        low, high = float(values.min()), float(values.max())
+        need(
+            low >= 0 and high <= 65535,
+            f"{path}: holds values from {low:g} to {high:g}; scale them to 0 .. 65535, or floats "
+            "to 0 .. 1",
+        )
+        top = 65535.0 if image.mode.startswith("I") else max(high, 1.0)
+        image = Image.fromarray((values / top * 255).round().astype(np.uint8))
     elif image.mode == "P":
         image = image.convert("RGBA")  # a palette may carry transparency
     if image.mode != "RGB":
@@ -81,8 +99,8 @@ def to_rgb(image: Image.Image) -> Tensor:
 
 
 def read_image(path: str | Path) -> Tensor:
-    """uint8 RGB [3, H, W] of any picture, upright. Raises UserError that names the file."""
-    return to_rgb(open_image(path)[0])
+    """uint8 RGB [3, H, W] of an image, upright. Raises UserError that names the file."""
+    return to_rgb(open_image(path)[0], path)
 
 
 def read_label(
@@ -92,20 +110,25 @@ def read_label(
     origin: str = "",
     colours: dict[int, int] | None = None,
 ) -> np.ndarray:
-    """Class ids uint8 [H, W] of an index, palette or, with `colours`, RGB PNG, 255 = not labelled.
+    """Class ids uint8 [H, W] of a mask, 255 = not labelled.
 
-    table   uint8 [256]: value on disk -> class id, IGNORE, or OUTSIDE for a value that is no class
-    size    (H, W) on disk of the image that it belongs to, which the label must share
+    table   uint8 [256]: value on disk -> class id, IGNORE, or OUTSIDE for a value that is not a
+            class
+    size    (H, W) of the image that it belongs to, upright, which the mask must share
     origin  what the message on a wrong value says of the allowed ones, e.g. where they are named
-    colours pack_colour(R, G, B) -> class id or IGNORE; RGB and palette PNGs are read by these
+    colours pack_colour(R, G, B) -> class id or IGNORE, for masks in colours
+
+    A grey PNG holds values. An RGB PNG needs `colours`. A palette PNG means its colours where all
+    are in `colours`, else the values of its greys where all are greys (a tool may have compressed a
+    grey PNG), else its indices. What is transparent in a mask in colours is not labelled.
     Raises UserError that names the file, the value and the allowed range.
     """
     image, stored = open_image(path)
-    coloured = colours is not None and image.mode in ("RGB", "RGBA", "P")
+    in_rgb = colours is not None and image.mode in ("RGB", "RGBA")
     need(
-        coloured or image.mode in LABEL_MODES,
-        f"{path}: is a {image.mode} picture; a label is an index or palette PNG that holds one "
-        "class number per pixel, or classes.txt gives every class its colour (road 128 64 128)",
+        in_rgb or image.mode in LABEL_MODES,
+        f"{path}: is a {image.mode} image; a label is an index or palette PNG that holds one class "
+        "number per pixel, or classes.txt gives every class its colour (road 128 64 128)",
     )
     if size and stored != size:
         turned = "; the image as its EXIF data turn it" if stored == size[::-1] else ""
@@ -113,9 +136,33 @@ def read_label(
             f"{path}: is {stored[1]}x{stored[0]} but its image is {size[1]}x{size[0]}; "
             f"they must have one size{turned}"
         )
-    if coloured:
-        return label_by_colour(path, image, colours, origin)
+    label = None
+    if in_rgb:
+        label = classes_of_colours(np.asarray(image.convert("RGBA")), colours)
+    elif colours is not None and image.mode == "P":
+        label = classes_of_palette(image, colours).take(np.asarray(image))
+    unknown = label is None or (label == OUTSIDE).any()
+    if image.mode == "P" and unknown and is_grey(image.getpalette()):
+        image, label = image.convert("L"), None
+    if label is None:
+        return label_by_value(path, image, table, origin)
+    if (label == OUTSIDE).any():
+        y, x = np.argwhere(label == OUTSIDE)[0].tolist()
+        red, green, blue = image.convert("RGB").getpixel((x, y))
+        raise UserError(
+            f"{path}: holds the colour {red} {green} {blue} at x {x}, y {y}, which is not a "
+            f"class{origin}; add it there, or as `void` where it means nothing"
+        )
+    return label
+
+
+def label_by_value(
+    path: str | Path, image: Image.Image, table: np.ndarray, origin: str
+) -> np.ndarray:
+    """`read_label` of an image whose pixels are values, looked up in the table."""
     values = np.asarray(image)
+    white = image.mode == "1" and values.any()
+    need(not white, f"{path}: is a 1-bit mask, whose white may be 1 or 255; save it as 8-bit grey")
     if values.dtype not in (bool, np.uint8):  # 16 bits: nothing beyond a byte is a class
         values = np.where((values < 0) | (values > IGNORE), OUTSIDE, values)
     label = table.take(values.astype(np.uint8))
@@ -123,7 +170,7 @@ def read_label(
     if wrong.any():
         allowed = np.flatnonzero(table[:IGNORE] != OUTSIDE)
         raise UserError(
-            f"{path}: holds the value {np.asarray(image)[wrong].min()}, which is no class; "
+            f"{path}: holds the value {np.asarray(image)[wrong].min()}, which is not a class; "
             f"allowed are {allowed[0]} to {allowed[-1]}{origin}, and 255 = not labelled"
         )
     return label
@@ -134,52 +181,90 @@ def pack_colour(red, green, blue):
     return 65536 * red + 256 * green + blue
 
 
-def label_by_colour(
-    path: str | Path, image: Image.Image, colours: dict[int, int], origin: str
-) -> np.ndarray:
-    """`read_label` of a picture in the colours of the classes. What is transparent is not labelled.
-    Nor is the palette index 255, as predict.py and a painter's eraser leave it: where it has no
-    colour of a class, and where all other indices are the numbers of their classes."""
-    red, green, blue, alpha = np.asarray(image.convert("RGBA")).astype(np.int32).transpose(2, 0, 1)
+def classes_of_colours(rgba: np.ndarray, colours: dict[int, int]) -> np.ndarray:
+    """uint8 [...]: the class of each colour uint8 [..., 4]; IGNORE where it is transparent,
+    whatever colour the painting program left there; OUTSIDE where it is not in `colours`."""
+    red, green, blue, alpha = np.moveaxis(rgba.astype(np.int32), -1, 0)
     packed = pack_colour(red, green, blue)
     known = np.array(sorted(colours))
     ids = np.array([colours[colour] for colour in known.tolist()], np.uint8)
     place = np.searchsorted(known, packed).clip(max=len(known) - 1)
-    wrong = known[place] != packed
-    label = np.where(wrong, np.uint8(IGNORE), ids[place])
-    if image.mode == "P":
-        index = np.asarray(image)
-        erased = index == IGNORE
-        if ((label == index) | erased).all():
-            label[erased] = IGNORE
-        wrong &= ~erased
-    unpainted = alpha == 0  # whatever colour the painting program left there
-    label[unpainted] = IGNORE
-    wrong &= ~unpainted
-    if wrong.any():
-        y, x = np.argwhere(wrong)[0].tolist()
-        raise UserError(
-            f"{path}: holds the colour {red[y, x]} {green[y, x]} {blue[y, x]} at x {x}, y {y}, "
-            f"which is no class{origin}; add it there, or as `void` where it means nothing"
-        )
-    return label
+    label = np.where(known[place] == packed, ids[place], np.uint8(OUTSIDE))
+    return np.where(alpha == 0, np.uint8(IGNORE), label)
+
+
+def classes_of_palette(image: Image.Image, colours: dict[int, int]) -> np.ndarray:
+    """uint8 [256]: the class of each index of a palette PNG by its colour, see
+    `classes_of_colours`.
+
+    The index 255 is not labelled, as predict.py and an eraser leave it, if its colour is not a
+    class, or if all other indices in the image are the numbers of their classes.
+    """
+    image.apply_transparency()
+    rgba = np.array(image.getpalette("RGBA"), np.uint8).reshape(-1, 4)
+    classes = np.full(256, OUTSIDE, np.uint8)
+    classes[: len(rgba)] = classes_of_colours(rgba, colours)
+    others = np.setdiff1d(np.asarray(image), [IGNORE])
+    if classes[IGNORE] == OUTSIDE or (classes[others] == others).all():
+        classes[IGNORE] = IGNORE
+    return classes
+
+
+def is_grey(palette: Sequence[int]) -> bool:
+    """Whether all colours of a palette (R, G, B, R, ...) are greys."""
+    return palette[::3] == palette[1::3] == palette[2::3]
+
+
+def read_palette(path: str | Path) -> bytes:
+    """R, G, B of each index of a palette PNG; empty for another image, and for a palette of greys,
+    which means its greys. Raises UserError that names the file."""
+    need_regular(path)
+    try:
+        with Image.open(path, formats=FORMATS) as image:  # reads the header only
+            palette = bytes(image.getpalette() or []) if image.mode == "P" else b""
+    except Exception:
+        open_image(path)  # says what is wrong
+        return b""
+    return b"" if is_grey(palette) else palette
 
 
 def read_bytes(path: str | Path) -> bytes:
     """What a file holds. Raises UserError that names it."""
+    need_regular(path)
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8, without a mark before it. Raises UserError that names the file."""
+    content = read_bytes(path)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    need("\0" not in text, f"{path}: is not a text file in UTF-8; save it as one")
+    return text
+
+
+def read_json(path: str | Path):
+    """What a JSON file holds. Raises UserError that names the file."""
+    content = read_bytes(path)
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not a JSON file ({first_line(error)})") from None
+
+
 def stamp(*paths: str | None) -> list[list[int]]:
-    """What changes when one of the files changes: size and time of modification of each."""
+    """What changes when one of the files changes or is replaced, even by one of its size and time:
+    size, time of modification, time of the last change of any kind, and inode of each."""
     try:
         stats = [os.stat(path) for path in paths if path]
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    return [[s.st_size, s.st_mtime_ns] for s in stats]
+    return [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in stats]
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -187,8 +272,18 @@ def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None
     """Write a file so that a reader, or a crash, sees the old one or the whole new one.
 
     `writer` gets the open binary file. A write that fails leaves nothing under the final name.
+    A link stays a link. A device, a pipe and /dev/stdout are written in place.
     """
-    path, partial = Path(path), partial_of(Path(path))
+    stream = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))  # may be sent to a regular file
+    in_place = stream is not None
+    with contextlib.suppress(FileNotFoundError):
+        in_place |= not stat.S_ISREG(os.stat(path).st_mode)
+    if in_place:
+        with open(os.dup(stream) if stream else path, "wb") as file:
+            writer(file)
+        return
+    path = Path(os.path.realpath(path))
+    partial = partial_of(path)
     try:
         with open(partial, "wb") as file:
             writer(file)
@@ -205,15 +300,14 @@ def partial_of(path: Path) -> Path:
 
 
 def write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None:
-    """`atomic_write`, the folder made where needed. A full disk or a missing right: UserError."""
+    """`atomic_write`; makes the folder if necessary. A full disk or a missing right: UserError."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, writer)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); "
-            "what stood there before is whole"
+            f"{path}: cannot be written ({error.strerror or error}); an earlier file is unchanged"
         ) from None
 
 
@@ -224,6 +318,6 @@ def write_json(path: str | Path, content) -> None:
 
 
 def write_cache(path: Path, writer: Callable[[BinaryIO], object]) -> None:
-    """`write` of what only saves time: where it cannot be written the work is done once more."""
+    """Best-effort cache write: if it fails, the work is done again next time."""
     with contextlib.suppress(UserError):
         write(path, writer)

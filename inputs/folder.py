@@ -1,6 +1,6 @@
 """A user's own data: images/{train,val,test}/*, labels/{train,val,test}/*.png and classes.txt."""
 
-import codecs
+import os
 import re
 from pathlib import Path
 
@@ -9,8 +9,13 @@ from inputs.errors import need, note
 from inputs.files import IGNORE, IMAGE_SUFFIXES, OUTSIDE
 from inputs.source import Sample, Splits, list_files, name_of, value_table, voc_palette
 
-# a user's pictures that Pillow does not read by itself, or that are more than one picture
+LAYOUT = "the layout is images/{train,val}/*, labels/{train,val}/*.png, classes.txt"
+RGB = r"(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})"
+
+# predict.py: formats of images that Pillow does not read by itself, or of several images
 OTHER_PICTURES = (".heic", ".heif", ".avif", ".jp2", ".gif", ".dng", ".nef", ".cr2", ".cr3", ".arw")
+
+Colour = tuple[int, int, int]
 
 
 def read_folder(path: Path) -> dict:
@@ -26,10 +31,10 @@ def read_folder(path: Path) -> dict:
         colours = {files.pack_colour(*colour): i for colour, i in pairs}
         need(len(colours) == len(pairs), f"{file}: gives two entries the same colour")
     splits = list_folder(path)
-    first_label = next(sample.label for sample in splits["train"] if sample.label)
+    labels = [sample.label for part in splits.values() for sample in part if sample.label]
     return dict(
         classes=classes,
-        palette=palette or own_palette(first_label, len(classes)) or voc_palette(len(classes)),
+        palette=palette or shared_palette(labels, len(classes)),
         table=value_table({i: i for i in (*range(len(classes)), IGNORE)}),
         table_origin=f" ({file.name} names {len(classes)})",
         colours=colours,
@@ -37,61 +42,27 @@ def read_folder(path: Path) -> dict:
     )
 
 
-def own_palette(label: str, number: int) -> list[tuple[int, int, int]] | None:
-    """The first colours of a palette PNG; None where there are too few or two are the same."""
-    image, _ = files.open_image(label)
-    if image.mode != "P":
-        return None
-    values = image.getpalette() or []
-    colours = [tuple(values[3 * i : 3 * i + 3]) for i in range(number)]
-    return colours if len(set(colours)) == number and len(values) >= 3 * number else None
-
-
-def list_folder(path: Path) -> Splits:
-    """A user's own data: images/{train,val,test}/*, labels/{train,val,test}/*.png.
-
-    A training image without a label is unlabelled; the test split may be left out.
-    """
-    splits = {part: folder_split(path, part) for part in ("train", "val")}
-    if (path / "labels" / "test").is_dir():
-        splits["test"] = folder_split(path, "test")
-    both = sorted({s.name for s in splits["train"]} & {s.name for s in splits["val"]})
-    if both:
-        note(
-            f"{len(both)} names stand in both images/train and images/val ({both[0]} ...); "
-            "are they the same pictures?"
-        )
-    return splits
-
-
-Colour = tuple[int, int, int]
-
-
+# --------------------------------------------------------------------------------------- classes
 def read_classes(path: Path) -> tuple[Path, list[str], list[Colour], list[Colour]]:
     """The file that names a user's classes in the order of the label values, the names, their
-    colours (none where it gives none) and the colours that mean "not labelled".
+    colours (none if it gives none) and the colours that mean "not labelled".
 
     classes.txt has a name a line, or a name and a colour (`road 128 64 128`); without it CVAT's
-    labelmap.txt (`road:128,64,128::`) is taken. The name `void` with a colour is no class. Raises
-    UserError that names the file and the line."""
-    file, pattern = path / "classes.txt", r"(.*[^\s,])[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})"
+    labelmap.txt (`road:128,64,128::`) is read. The name `void` with a colour is not a class.
+    Raises UserError that names the file and the line."""
+    file, pattern = path / "classes.txt", rf"(.*[^\s,])[\s,]+{RGB}"
     if not file.is_file() and (path / "labelmap.txt").is_file():
-        file, pattern = path / "labelmap.txt", r"([^:]+):(\d{1,3}),(\d{1,3}),(\d{1,3})(?::.*)?"
+        file, pattern = path / "labelmap.txt", rf"([^:]+):{RGB}(?::.*)?"
     need(
         file.is_file(),
         f"{file}: no such file; it names the classes, one per line, in the order of the label "
         "values 0, 1, ...",
     )
-    content = file.read_bytes()
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as Windows may write
-    lines = content.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").splitlines()
-    lines = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in files.read_text(file).splitlines() if line.strip()]
     if file.name == "labelmap.txt":
         lines = [line for line in lines if not line.startswith("#")]
     for line in lines:
-        whole = "\0" not in line and "\ufffd" not in line
-        need(whole, f"{file}: is no text file in UTF-8; save it as one")
-        need(not line.startswith("#"), f"{file}: {line!r} is no class; leave comments out")
+        need(not line.startswith("#"), f"{file}: {line!r} is not a class; leave comments out")
     found = [re.fullmatch(pattern, line) for line in lines]
     if file.name == "classes.txt" and not any(found):
         need_distinct(file, lines)
@@ -106,60 +77,100 @@ def read_classes(path: Path) -> tuple[Path, list[str], list[Colour], list[Colour
     return file, [name for name, _ in classes], [colour for _, colour in classes], void
 
 
-def note_left_out(folder: Path, images: list[Path]) -> None:
-    """Tell of pictures of other formats, and of those in sub-folders, which nobody else would."""
-    taken = set(images)
-    left_out = [path for path in all_pictures(folder) if path not in taken]
-    if left_out:
-        note(
-            f"{len(left_out)} pictures are left out ({left_out[0]} ...): only "
-            f"{', '.join(IMAGE_SUFFIXES)} files of {folder} itself are read"
-        )
-
-
 def need_distinct(file: Path, names: list[str]) -> None:
+    """Raise UserError if a class is named twice."""
     twice = next((name for name in names if names.count(name) > 1), None)
     need(twice is None, f"{file}: names the class {twice} twice")
 
 
-def folder_split(path: Path, part: str) -> list[Sample]:
-    """One split of a user's own data, each way in which files may not fit told by name."""
-    image_folder, label_folder = path / "images" / part, path / "labels" / part
-    layout = "the layout is images/{train,val}/*, labels/{train,val}/*.png, classes.txt"
-    images = list_files(image_folder, layout)
-    labels = {name_of(p): p for p in list_files(label_folder, "one PNG per labelled image")}
-    need(images, f"{image_folder}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    note_left_out(image_folder, images)
+def shared_palette(labels: list[str], number: int) -> list[Colour]:
+    """The colours of the classes: those of the palette PNGs among the labels, else Pascal VOC's.
 
-    names = set()
-    for image in images:
-        name = name_of(image)
+    The indices of a palette PNG are class numbers only if all labels have one palette. A tool may
+    drop colours from its end, but reordered colours are other numbers: UserError names the file.
+    """
+    palettes = {label: files.read_palette(label)[: 3 * number] for label in labels}
+    longest = max(palettes, key=lambda label: len(palettes[label]))
+    for label, palette in palettes.items():
         need(
-            name not in names,
-            f"{image_folder}: two images are called {name}; one label could not tell them apart",
+            palettes[longest].startswith(palette),
+            f"{label}: has another palette than {longest}, so its numbers may not be the classes; "
+            "give every class its colour in classes.txt (road 128 64 128), or save it as grey",
         )
-        names.add(name)
+    values = [*palettes[longest]]
+    own = [tuple(values[i : i + 3]) for i in range(0, len(values), 3)]
+    colours = own + voc_palette(number)[len(own) :]
+    return colours if len(set(colours)) == number else voc_palette(number)
+
+
+# ----------------------------------------------------------------------------------------- files
+def list_folder(path: Path) -> Splits:
+    """A user's own data: images/{train,val,test}/*, labels/{train,val,test}/*.png.
+
+    A training image without a label is unlabelled; the test split may be left out.
+    """
+    splits = {part: folder_split(path, part) for part in ("train", "val")}
+    if (path / "labels" / "test").is_dir():
+        splits["test"] = folder_split(path, "test")
+    both = sorted({s.name for s in splits["train"]} & {s.name for s in splits["val"]})
+    if both:
+        note(
+            f"{len(both)} names are in both images/train and images/val ({both[0]} ...); "
+            "are they the same images?"
+        )
+    return splits
+
+
+def folder_split(path: Path, part: str) -> list[Sample]:
+    """One split of a user's own data. Raises UserError for each way in which files may not fit."""
+    images = by_name(path / "images" / part)
+    labels = by_name(path / "labels" / part)
+    for name, label in labels.items():
+        png = label.suffix.lower() == ".png"
+        need(png, f"{label}: a label must be a PNG; other formats change or scale its values")
+        folder = path / "images" / part
+        need(name in images, f"{label}: a label without an image of that name in {folder}")
+    for name, image in images.items():
         need(
             part == "train" or name in labels,
-            f"{image}: an image without a label in {label_folder}; "
-            "label it or move it to images/train",
+            f"{image}: an image without a label in {path / 'labels' / part}; label it or move it "
+            "to images/train",
         )
-    for name, label in labels.items():
-        need(
-            label.suffix.lower() == ".png",
-            f"{label}: a label must be a PNG; other formats change or scale its values",
-        )
-        need(name in names, f"{label}: a label without an image of that name in {image_folder}")
-    need(labels, f"{label_folder}: holds no label; paint at least one")
     return [
         Sample(name, str(image), str(labels[name]) if name in labels else None)
-        for name, image in zip(map(name_of, images), images, strict=True)
+        for name, image in images.items()
     ]
 
 
+def by_name(folder: Path) -> dict[str, Path]:
+    """The images (or labels) of a folder by name. Raises UserError if two have one name."""
+    named = {}
+    for file in list_files(folder, LAYOUT):
+        other = named.setdefault(name_of(file), file)
+        need(other is file, f"{file}: has the name of {other}; a label could not tell them apart")
+    note_left_out(folder, {*named.values()})
+    return named
+
+
+def note_left_out(folder: Path, read: set[Path]) -> None:
+    """Report files that are not read: of other formats, in sub-folders, in linked folders."""
+    left_out = []
+    for parent, folders, names in os.walk(folder):
+        linked = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        left_out += [Path(parent, name) for name in (*names, *linked) if not name.startswith(".")]
+    left_out = sorted({*left_out} - read)
+    if left_out:
+        suffixes = sorted({path.suffix.lower() or path.name for path in left_out})
+        note(
+            f"{folder}: {len(left_out)} files are left out ({', '.join(suffixes[:5])}; "
+            f"{left_out[0]} ...); only {', '.join(IMAGE_SUFFIXES)} in the folder itself are read"
+        )
+
+
 def all_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder and its sub-folders, also of formats that are not read; not hidden
-    ones."""
+    """predict.py: the images in a folder and its sub-folders, also of formats that are not read;
+    not hidden ones."""
     return [
         path
         for path in sorted(folder.rglob("*"))

@@ -1,6 +1,6 @@
 """Which images and which of their pixels count as labelled.
 
-The labelled split, published lists of images, a user's own labels, and partial labels.
+The labelled split, published lists of images, checks of a user's own labels, partial labels.
 """
 
 import argparse
@@ -23,19 +23,21 @@ from tqdm import tqdm
 from inputs import files
 from inputs.errors import UserError, need, note
 from inputs.files import IGNORE
-from inputs.source import SPARSE, Sample, Source
+from inputs.source import SPARSE, Sample, Source, name_of
 from inputs.transforms import resize_nearest
 
 RATIOS = {"p0": 0, "p1": 1, "p5": 5, "p25": 25}  # partial labels: per cent of a class's pixels
 READ_AT_ONCE = 32  # labels
+FLAT = 16  # of 255: an image with less contrast shows next to nothing
 
 
 # ------------------------------------------------------------------------- what the labels hold
 def label_index(source: Source, samples: list[Sample], quiet: bool = True) -> Iterator[dict]:
-    """For each sample in turn {"classes": ids in its label, "share": labelled share of its pixels}.
+    """For each sample in turn {"classes": ids in its label, "share": labelled share of its pixels,
+    "flat": whether its image has next to no contrast (of a user's own data only)}.
 
-    Labels are read lazily, checked, and remembered by path, size and time of change of the files: a
-    changed file is read again.
+    Labels are read lazily, checked, and remembered by path and `files.stamp`: a changed file is
+    read again.
     """
     path = index_path(source)
     known = read_index(path, len(source.classes))
@@ -55,7 +57,7 @@ def label_index(source: Source, samples: list[Sample], quiet: bool = True) -> It
                 samples,
                 desc="reading labels",
                 unit="file",
-                disable=quiet or None,  # None: shown on a terminal alone
+                disable=quiet or None,  # None: on a terminal only
                 leave=False,
                 delay=1,
             ) as bar,
@@ -71,7 +73,7 @@ def label_index(source: Source, samples: list[Sample], quiet: bool = True) -> It
 
 
 def index_path(source: Source) -> Path:
-    """Where what the labels of a data set hold is remembered; one file for all seeds."""
+    """The cache file of what the labels of a data set hold; one for all seeds."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = source.cache_dir or Path(user_cache) / "reco-segmentation"
     content = [
@@ -86,27 +88,34 @@ def index_path(source: Source) -> Path:
 
 
 def read_index(path: Path, num_classes: int) -> dict[str, dict]:
-    """The remembered entries that make sense; none where there is no such file, or not ours."""
+    """The valid entries of the cache file; none if it is missing or damaged."""
     ids = set(range(num_classes))
     try:
         return {
             name: entry
-            for name, entry in json.loads(path.read_bytes()).items()
+            for name, entry in files.read_json(path).items()
             if set(entry["classes"]) <= ids and 0 <= entry["share"] <= 1
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (UserError, TypeError, KeyError, AttributeError):
         return {}
 
 
 def inspect_label(source: Source, sample: Sample) -> dict:
-    """What a label holds. Of a user's own data the image is decoded too (a JPEG at an eighth) and
-    the label is counted at full size, so that every file is known to be sound before the training
-    begins."""
-    stored = None
+    """What a label holds, see `label_index`. Of a user's own data the image is decoded too (a JPEG
+    at 1/8) and the label is counted at full size: every file is checked before training."""
+    stored, flat = None, False
     if source.own_files:
-        _, stored = files.open_image(sample.image, lambda height, width: (1, 1))
+        image, stored = files.open_image(sample.image, lambda height, width: (1, 1))
+        height, width = source.training_size(*stored)
+        need(
+            min(height, width) > 1,
+            f"{sample.image}: is {stored[1]}x{stored[0]}, in training {width}x{height}; one pixel "
+            "is not enough",
+        )
+        rgb = files.to_rgb(image, sample.image)
+        flat = int(rgb.max()) - int(rgb.min()) < FLAT
     if not sample.label:
-        return {"classes": [], "share": 0.0}
+        return {"classes": [], "share": 0.0, "flat": flat}
     if sample.drawn:
         label = source.read(sample)[1].numpy()
     else:
@@ -118,6 +127,7 @@ def inspect_label(source: Source, sample: Sample) -> dict:
     return {
         "classes": np.flatnonzero(count[:IGNORE]).tolist(),
         "share": 1 - int(count[IGNORE]) / label.size,
+        "flat": flat,
     }
 
 
@@ -159,9 +169,9 @@ def choose_images(
     """`number` of the images 0, 1, ... `candidates` - 1 so that every class is seen.
 
     The walk takes an image if it holds a class that is least often taken so far and at least
-    `min_classes` classes; images passed over are tried again when the walk ends. After a walk in
-    vain the first image of a class not yet seen is taken, however few its classes; a class that no
-    remaining image could add is no longer waited for; last, images with few classes will do.
+    `min_classes` classes; skipped images are tried again when the walk ends. If a walk takes none,
+    the rules are relaxed one by one: take the first image of a class not yet seen, however few its
+    classes; drop the classes that no remaining image could add; accept images with few classes.
     """
     taken, remaining = [], list(range(candidates))
     times = np.zeros(num_classes, int)  # how often each class is taken
@@ -202,32 +212,26 @@ def choose_images(
 def published_split(source: Source, path: str | Path) -> list[Sample]:
     """The images that a split file names, one per line, in its order.
 
-    A line is a bare name or a path, with or without the label's path after it.
+    A line is a name or a path, with or without the label's path after it.
     """
-    file, by_name, chosen = Path(path), {s.name: s for s in source.train}, {}
-    need(file.is_file(), f"--labeled-list {path}: no such file")
-    text = file.read_text(encoding="utf-8-sig", errors="replace")
-    lines = unicodedata.normalize("NFC", text).splitlines()  # see layouts.name_of
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    need(Path(path).is_file(), f"--labeled-list {path}: no such file")
+    by_name = {name_of(Path(s.image)) + Path(s.image).suffix: s for s in source.train}
+    by_name |= {s.name: s for s in source.train}
+    chosen = []
+    for number, line in enumerate(
+        unicodedata.normalize("NFC", files.read_text(path)).split("\n"), 1
+    ):
+        if not (line := line.strip()):
             continue
-        first = line.split()[0]
-        # a user's file name may hold spaces, so the whole line is tried first; but where a label's
-        # path follows, the line's last name is the label's, and SUN has an image of that number
-        two = Path(first).suffix.lower() in files.IMAGE_SUFFIXES and first != line.strip()
-        names = [
-            name
-            for image in ((Path(first),) if two else (Path(line.strip()), Path(first)))
-            for name in (image.name, image.stem, image.stem.removesuffix("_leftImg8bit"))
-        ]
-        names.insert(0, line.strip())  # as labeled.txt has it
+        first = Path(line.split()[0])  # a label's path may follow, but a name may hold spaces too
+        stem = first.stem.removesuffix("_leftImg8bit")
+        names = (line, Path(line).name, first.name, first.stem, stem)
         sample = next((by_name[name] for name in names if name in by_name), None)
-        where = f"{path}, line {number}"
-        need(sample, f"{where}: {first} is no training image of this data set")
-        need(sample.label, f"{where}: {sample.image} has no label")
-        chosen[sample.name] = sample
+        need(sample, f"{path}, line {number}: {first} is not a training image of this data set")
+        need(sample.label, f"{path}, line {number}: {sample.image} has no label")
+        chosen.append(sample)
     need(chosen, f"--labeled-list {path}: names no image")
-    return list(chosen.values())
+    return list(dict.fromkeys(chosen))
 
 
 def check_folder(source: Source, quiet: bool = True) -> set[Sample]:
@@ -241,29 +245,31 @@ def check_folder(source: Source, quiet: bool = True) -> set[Sample]:
     labelled = {sample: entry for sample, entry in entries.items() if sample.label}
     for part in (source.train, source.val):
         check_classes({s: labelled[s] for s in part if s.label})
-    present = set().union(*(entry["classes"] for entry in labelled.values()))
-    absent = [name for c, name in enumerate(source.classes) if c not in present]
-    if absent and not quiet:
-        more = " ..." if len(absent) > 5 else ""
-        note(f"no label holds {', '.join(absent[:5])}{more}, which classes.txt names")
-    odd = (s for s, e in labelled.items() if e["classes"] == [0] and SPARSE <= e["share"] < 1)
-    if not quiet and (mask := next(odd, None)):
-        note(f"{mask.label}: holds 0 and 255 alone, as a 0/255 mask; 255 means not labelled")
+    if not quiet:
+        present = set().union(*(entry["classes"] for entry in labelled.values()))
+        absent = [name for c, name in enumerate(source.classes) if c not in present]
+        if absent:
+            more = " ..." if len(absent) > 5 else ""
+            note(f"no label holds {', '.join(absent[:5])}{more}, which classes.txt names")
+        for sample, entry in labelled.items():
+            if entry["classes"] == [0] and SPARSE <= entry["share"] < 1:
+                note(f"{sample.label}: holds only 0 and 255, as a 0/255 mask; 255: not labelled")
+                break
+        flat = [sample.image for sample, entry in entries.items() if entry.get("flat")]
+        if flat:
+            note(f"{len(flat)} images have next to no contrast ({flat[0]} ...); look at them")
     return {s for s in source.train if s.label and entries[s]["share"] < SPARSE}
 
 
 def check_classes(labelled: dict[Sample, dict]) -> None:
-    """UserError where the labels of one part (training or validation) hold nothing to learn."""
+    """Raise UserError if the labels of one part (training or validation) hold nothing to learn."""
     present = set().union(*(entry["classes"] for entry in labelled.values()))
     void = next((sample for sample, entry in labelled.items() if entry["share"] < 1), None)
-    if void and not present:
+    if void and present <= {0}:
+        holds = "only 0 and 255, as a 0/255 mask; use 0/1:" if present else "only 255:"
         raise UserError(
-            f"{void.label}: like all other labels of its folder it is 255 alone, not labelled"
-        )
-    if void and present == {0}:
-        raise UserError(
-            f"{void.label}: like all other labels of its folder it holds nothing but 0 and 255, as "
-            "a 0/255 mask; 255 means not labelled, so use 0/1"
+            f"{void.label}: like all other labels of its folder it holds {holds} 255 means not "
+            "labelled"
         )
 
 
@@ -278,10 +284,10 @@ class Split(NamedTuple):
 def split_train(source: Source, args: argparse.Namespace, quiet: bool = True) -> Split:
     """The training images by the options num_labeled, label_ratio, labeled_list and seed.
 
-    Labels are partial with --label-ratio, and if a quarter or more of a user's own are sparse:
-    every image then takes part in both roles and keeps its known pixels, as a sparse label among
-    full ones does. Other unlabelled images come without their label. If no image remains
-    unlabelled, all of them serve as unlabelled ones, without their labels.
+    Labels are partial with --label-ratio, and if a quarter or more of a user's own are sparse. Then
+    every labelled image is in the unlabelled list too, with its known pixels; so is an image with a
+    sparse label among full ones. The unlabelled list holds no other labels. If no image remains
+    unlabelled, all images are in it.
     """
     sparse = check_folder(source, quiet) if source.own_files else set()
     if args.labeled_list:
@@ -292,16 +298,16 @@ def split_train(source: Source, args: argparse.Namespace, quiet: bool = True) ->
         labelled = [sample for sample in source.train if sample.label]
     chosen, masks = set(labelled), sum(bool(sample.label) for sample in source.train)
     partial = bool(args.label_ratio) or len(sparse) >= max(1, masks / 4)
-    kept = chosen if partial else chosen & sparse  # whose known pixels count in both roles
+    kept = chosen if partial else chosen & sparse  # in both lists with their known pixels
     none_left = len(chosen) == len(source.train)
     others = [s for s in source.train if none_left or s in kept or s not in chosen]
     return Split(labelled, [s if s in kept else replace(s, label=None) for s in others], partial)
 
 
 def fingerprint(source: Source, split: Split) -> dict[str, str]:
-    """What a run that goes on must find again: of the images that are labelled, unlabelled and
-    validated on, a hash of names and sizes of the files; of their labels, of what the files hold;
-    and the colours of the classes."""
+    """The data fingerprint, checked on resume: a hash of the names and file sizes of the labelled,
+    unlabelled and validation images, one of the content of their labels, and the colours of the
+    classes."""
 
     def of(samples: list[Sample]) -> str:
         entries = [
@@ -327,11 +333,10 @@ def fingerprint(source: Source, split: Split) -> dict[str, str]:
 def partial_label(label: np.ndarray, ratio: str, seed: int, name: str) -> np.ndarray:
     """The label (uint8 [H, W]) with all but a few pixels of each class set to 255; section 4.2.
 
-    p0 keeps one uniformly drawn pixel per class. pX starts from that pixel and grows a square, 5x5
-    dilation by 5x5 dilation, until at least int(X % of the class's pixels) are covered: after k
-    dilations the pixels of the class within Chebyshev distance 2k. So the level at which each pixel
-    is reached is known at once, and one bincount over (class, level) gives the level at which every
-    class stops. A pure function of (label, ratio, seed, name).
+    p0 keeps one uniformly drawn pixel per class. pX starts from that pixel and grows a square by
+    5x5 dilations until at least int(X % of the class's pixels) are covered. After k dilations these
+    are the pixels of the class within Chebyshev distance 2k, so no loop is necessary: one bincount
+    over (class, k) gives the k at which every class stops. A pure function of its arguments.
     """
     counts, rows, columns = draw_pixels(label, seed, name)
     classes = np.flatnonzero(counts)
@@ -361,7 +366,7 @@ def draw_pixels(
     up_to_row = np.bincount(row_keys.ravel(), minlength=256 * height)
     up_to_row = up_to_row.reshape(height, 256).cumsum(axis=0)  # pixels of a class down to a row
     counts = up_to_row[-1] * (np.arange(256) != IGNORE)
-    # a draw for every class id, so that the classes of an image do not shift one another's
+    # one draw per class id, so that a class does not change the draws of the others
     draws = np.random.default_rng([seed, zlib.crc32(name.encode())]).random(256)
     rows, columns = np.zeros(256, np.int16), np.zeros(256, np.int16)
     for c in np.flatnonzero(counts):

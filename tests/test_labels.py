@@ -1,6 +1,8 @@
 """Which images and pixels are labelled: the labelled split, published lists, partial labels."""
 
 import hashlib
+import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +15,21 @@ from torch.nn import functional as F
 
 import data
 import trees
-from inputs import labels
+from inputs import files, labels
 from inputs.errors import UserError
 from inputs.files import IGNORE
 from inputs.labels import partial_label
 from inputs.source import Sample, Source
+from trees import cut, split, watch_decoding
 
 
-def load(kind: str, path) -> Source:
-    return data.load_source(kind, str(path))
+def load(kind: str, path, **options) -> Source:
+    return data.load_source(kind, str(path), **options)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    return watch_decoding(monkeypatch)
 
 
 def in_memory(monkeypatch, contents: list[set[int]], classes: int, min_classes: int = 1) -> Source:
@@ -150,38 +158,38 @@ def classes_in(source: Source, samples: list[Sample]) -> set[int]:
 def test_split_of_a_tree_on_disk(tmp_path, kind):
     root = getattr(trees, kind)(tmp_path / "data", train=12, val=1, size=(32, 64))
     source = load(kind, root)
-    labelled, unlabelled, partial = labels.divide(source, 4, None, None, 1)
+    labelled, unlabelled, partial = split(source, num_labeled=4, seed=1)
     assert len(labelled) == 4 and len(unlabelled) == 8 and not partial
     names = {s.name for s in labelled} | {s.name for s in unlabelled}
     assert names == {s.name for s in source.train}
     assert all(s.label for s in labelled) and not any(s.label for s in unlabelled)
     assert classes_in(source, labelled) == set(range(len(source.classes)))
-    assert labels.divide(load(kind, root), 4, None, None, 1)[0] == labelled
+    assert split(load(kind, root), num_labeled=4, seed=1)[0] == labelled
 
 
 def test_roles():
     source = data.load_source("street", None)
-    labelled, unlabelled, partial = labels.divide(source, 0, None, None, 0)
+    labelled, unlabelled, partial = split(source)
     assert labelled == source.train and not partial and not any(s.label for s in unlabelled)
     assert [s.name for s in unlabelled] == [s.name for s in source.train]
-    labelled, both, partial = labels.divide(source, 0, "p1", None, 0)
+    labelled, both, partial = split(source, label_ratio="p1")
     assert partial and labelled == both == source.train
-    labelled, unlabelled, _ = labels.divide(source, 20, None, None, 0)
+    labelled, unlabelled, _ = split(source, num_labeled=20)
     assert len(labelled) == 20 and len(unlabelled) == len(source.train) - 20
     assert classes_in(source, labelled) == set(range(len(source.classes)))
 
 
 def test_roles_in_a_users_folder(tmp_path):
     full = load("folder", trees.folder(tmp_path / "full", train=3, unlabelled=4))
-    labelled, unlabelled, partial = labels.divide(full, 0, None, None, 0)
+    labelled, unlabelled, partial = split(full)
     assert [len(labelled), len(unlabelled), partial] == [3, 4, False]
     assert not any(s.label for s in unlabelled)
     root = trees.folder(tmp_path / "sparse", train=3, unlabelled=4, painted=0.2)
     sparse = load("folder", root)
-    labelled, both, partial = labels.divide(sparse, 0, None, None, 0)
+    labelled, both, partial = split(sparse)
     assert [len(labelled), len(both), partial] == [3, 7, True]
     assert sum(bool(s.label) for s in both) == 3  # known pixels are kept
-    assert labels.divide(sparse, 2, None, None, 0)[2]
+    assert split(sparse, num_labeled=2)[2]
 
 
 @pytest.mark.parametrize("more", [0, 2])
@@ -193,7 +201,7 @@ def test_a_scribble_among_full_masks_plays_both_roles(tmp_path, more):
     label[5:] = 255
     Image.fromarray(label).save(path)
     source = load("folder", root)
-    labelled, unlabelled, partial = labels.divide(source, 0, None, None, 0)
+    labelled, unlabelled, partial = split(source)
     assert [len(labelled), partial] == [5, False]
     names = [s.name for s in unlabelled]
     if more:
@@ -233,7 +241,7 @@ def test_published_lists(tmp_path, tree, line):
     file = tmp_path / "list.txt"
     for ending, encoding in (("\n", "utf-8"), ("\r\n", "utf-8-sig")):
         file.write_bytes(ending.join(["", *lines, ""]).encode(encoding))
-        labelled, unlabelled, partial = labels.divide(source, 0, None, str(file), 0)
+        labelled, unlabelled, partial = split(source, labeled_list=str(file))
         assert labelled == chosen and not partial  # each once, in the order of the list
         assert len(unlabelled) == len(source.train) - 2
 
@@ -241,7 +249,7 @@ def test_published_lists(tmp_path, tree, line):
 def test_a_label_in_a_list_is_no_image(tmp_path):
     """SUN's first training image has label 5051, and there is a training image 5051."""
     samples = [Sample(f"img-{n:06d}", "image", "label") for n in (1, 235, 5051, 5285)]
-    source = replace(data.SOURCES["sun"], train=samples)
+    source = replace(data.DATASETS["sun"].source, train=samples)
     lines = [f"SUN/img-{n:06d}.jpg labels/img-{n + 5050:06d}.png\n" for n in (1, 235)]
     (tmp_path / "list.txt").write_text("".join(lines))
     assert labels.published_split(source, tmp_path / "list.txt") == samples[:2]
@@ -254,7 +262,7 @@ def test_a_runs_own_list_can_be_given_back(tmp_path):
         file = root / kind / "train" / "train_000.png"
         file.rename(file.with_name("my photo 1.final.png"))
     source = load("folder", root)
-    labelled = labels.divide(source, 0, None, None, 0)[0]
+    labelled = split(source)[0]
     (tmp_path / "labeled.txt").write_text("".join(f"{s.name}\n" for s in labelled))
     assert labels.published_split(source, str(tmp_path / "labeled.txt")) == labelled
 
@@ -270,7 +278,7 @@ def test_bad_lists(tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "line 2: val_000 is no training image" in refused("train_000\nval_000\n")
+    assert "line 2: val_000 is not a training image" in refused("train_000\nval_000\n")
     assert "train_002" in refused("train_002\n") and "has no label" in refused("train_002\n")
     assert "names no image" in refused("\n \n")
     with pytest.raises(UserError, match="no such file"):
@@ -285,13 +293,23 @@ def test_a_mask_of_0_and_255_among_others_is_told(tmp_path, capsys):
     mask[:30] = 0
     trees.save(Path(source.train[0].label), mask)
     labels.check_folder(source, quiet=False)
-    assert f"{source.train[0].label}: holds 0 and 255 alone" in capsys.readouterr().out
+    assert f"{source.train[0].label}: holds only 0 and 255" in capsys.readouterr().out
+
+
+def test_images_without_contrast_are_reported(tmp_path, capsys):
+    source = load("folder", trees.folder(tmp_path))
+    labels.check_folder(source, quiet=False)
+    assert "contrast" not in capsys.readouterr().out
+    twelve_bits = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64)  # of 65535
+    trees.save(Path(source.train[1].image), twelve_bits)
+    labels.check_folder(source, quiet=False)
+    assert f"1 images have next to no contrast ({source.train[1].image}" in capsys.readouterr().out
 
 
 def test_classes_that_no_label_holds_are_told(tmp_path, capsys):
     root = trees.folder(tmp_path, classes=3)
     (root / "classes.txt").write_text("a\nb\nc\nnever\nagain\n")
-    assert labels.divide(load("folder", root), 0, None, None, 0, quiet=False)
+    assert split(load("folder", root), quiet=False)
     assert "no label holds never, again" in capsys.readouterr().out
 
 
@@ -403,3 +421,93 @@ def test_fast_enough_for_a_loader():
             partial_label(label, ratio, seed, "x")
             times.append(time.thread_time() - start)
         assert min(times) < 0.05  # a loop that grows the squares takes seconds
+
+
+# --------------------------------------------------------------------- what is remembered of labels
+def test_labels_are_read_once(tmp_path, opened, cache):
+    root = trees.folder(tmp_path / "data", train=4, val=2, unlabelled=2, suffix=".jpg")
+
+    def entries() -> list[dict]:
+        source = load("folder", root)
+        return list(labels.label_index(source, [*source.train, *source.val]))
+
+    first = entries()
+    found = [entry["classes"] for entry in first]
+    assert found == [[0, 1, 2]] * 4 + [[]] * 2 + [[0, 1, 2]] * 2 and first[0]["share"] == 1
+    assert sum(name.endswith("jpg") for name in opened) == 8  # unlabelled images are tried as well
+    opened.clear()
+    assert entries() == first
+    assert opened == []
+    opened.clear()
+    half = np.tile(np.where(np.arange(64) < 32, 1, 255).astype(np.uint8), (48, 1))
+    trees.save(root / "labels/train/train_001.png", half)
+    os.utime(root / "images/train/train_005.jpg", ns=(1, 1))
+    changed = entries()
+    assert changed[1]["classes"] == [1] and changed[1]["share"] == 0.5
+    again = {"train_001.jpg", "train_001.png", "train_005.jpg"}
+    assert set(opened) == again
+    assert [path.suffix for path in (cache / "reco-segmentation").iterdir()] == [".json"]
+
+
+def test_one_cache_for_all_seeds(tmp_path, opened, cache):
+    source = load("pascal", trees.pascal(tmp_path / "data", train=6, extra=4))
+    split(source, num_labeled=10)
+    opened.clear()
+    for seed in range(1, 4):
+        split(source, num_labeled=5, seed=seed)
+    assert not opened and len(list((cache / "reco-segmentation").iterdir())) == 1
+
+
+def test_what_was_read_before_a_bad_label_is_kept(tmp_path, opened):
+    source = load("folder", trees.folder(tmp_path / "data", train=40, unlabelled=0))
+    cut(Path(source.train[35].label))
+    for expected in (40, 5):
+        opened.clear()
+        with pytest.raises(UserError, match="train_035"):
+            split(source)
+        assert len([name for name in opened if name.startswith("train")]) <= 2 * expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        '"x"',
+        "null",
+        "{}",
+        '{"a": 1}',
+        '{"a": {}}',
+        '{"a": {"classes": [99], "share": 1}}',
+        "\x00\xff",
+        '{"LABEL": {"stamp": null, "classes": [0], "share": 0.5}}',
+        '{"LABEL": {"stamp": STAMP, "classes": [7], "share": 1}}',
+        '{"LABEL": {"stamp": STAMP, "classes": "0", "share": 1}}',
+        '{"LABEL": {"stamp": STAMP, "share": 1}}',
+        '{"LABEL": {"stamp": STAMP, "classes": [0], "share": "all"}}',
+        '{"LABEL": {"classes": [0], "share": 1}}',
+        pytest.param("[" * 100_000, id="brackets"),
+    ],
+)
+def test_a_damaged_or_foreign_cache_is_harmless(tmp_path, cache, content):
+    source = load("folder", trees.folder(tmp_path / "data", train=2))
+    right = list(labels.label_index(source, source.train))
+    file = next((cache / "reco-segmentation").iterdir())
+    sample = source.train[0]
+    stamp = json.dumps(files.stamp(sample.image, sample.label))
+    content = content.replace("LABEL", sample.label).replace("STAMP", stamp)
+    file.write_bytes(content.encode("latin-1"))
+    assert list(labels.label_index(source, source.train)) == right
+    json.loads(file.read_text())  # and is mended
+
+
+def test_a_cache_that_cannot_be_written_is_harmless(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    source = load("folder", trees.folder(tmp_path / "data", train=2))
+    assert len(list(labels.label_index(source, source.train))) == 4
+    source.cache_dir = tmp_path / "file"
+    plain = load("folder", tmp_path / "data")
+    assert torch.equal(source.read(source.train[0])[0], plain.read(plain.train[0])[0])

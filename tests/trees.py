@@ -1,14 +1,18 @@
-"""Small data sets in the official layouts, written where a test wants them.
+"""Small data sets in the official layouts, and ways to damage them.
 
-True file names, true encodings, any size (height, width). Every scene is a few upright stripes and
+True file names, true encodings, any size (height, width). Every image is a few upright stripes and
 a box, each of one class, and a class has the same colour in every image, so a network can learn it.
 All of it is a function of the arguments.
 """
 
+import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from inputs import files, labels
 
 CITIES = ("aachen", "jena", "zurich")
 CITYSCAPES_IDS = (7, 8, *range(11, 14), 17, *range(19, 29), *range(31, 34))  # the others are void
@@ -33,7 +37,7 @@ def colour(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (lut[values] + rng.integers(-12, 13, (*values.shape, 3))).clip(0, 255).astype(np.uint8)
 
 
-def scene(size: tuple[int, int], values: list[int], rng: np.random.Generator) -> np.ndarray:
+def stripes(size: tuple[int, int], values: list[int], rng: np.random.Generator) -> np.ndarray:
     """A label map uint8 [H, W] of one stripe per value and a box of the first one."""
     height, width = size
     order = rng.permutation(np.asarray(values, np.uint8))
@@ -45,15 +49,15 @@ def scene(size: tuple[int, int], values: list[int], rng: np.random.Generator) ->
 
 def save(path: Path, array: np.ndarray, palette: list[int] | None = None, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(array)
+    image = Image.fromarray(array)
     if palette:
-        picture.putpalette(palette)  # "L" becomes "P"
-    picture.save(path, **options)
+        image.putpalette(palette)  # "L" becomes "P"
+    image.save(path, **options)
     return path
 
 
 def raw(path) -> np.ndarray:
-    """The values that stand in a picture."""
+    """The values in an image file."""
     return np.asarray(Image.open(path))
 
 
@@ -69,6 +73,63 @@ def garble(path: Path) -> None:
     path.write_bytes(content)
 
 
+# ---------------------------------------------------------------------------------- ways to damage
+def remove(pattern: str):
+    """Remove what matches first, a file or a folder with all that it holds."""
+
+    def harm(root: Path) -> None:
+        path = min(root.glob(pattern))
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return harm
+
+
+def empty(folder: str):
+    return lambda root: [path.unlink() for path in (root / folder).iterdir()]
+
+
+def paint(pattern: str, array):
+    """Replace the label or image that matches first."""
+    return lambda root: save(min(root.glob(pattern)), np.asarray(array))
+
+
+def text(file: str, content: str):
+    return lambda root: (root / file).write_text(content)
+
+
+def damage(pattern: str, how):
+    return lambda root: how(min(root.glob(pattern)))
+
+
+def copy(file: str, *names: str):
+    return lambda root: [shutil.copy(root / file, (root / file).with_name(n)) for n in names]
+
+
+def rename(file: str, name: str):
+    return lambda root: (root / file).rename((root / file).with_name(name))
+
+
+# ---------------------------------------------------------------------------------- how it is read
+def split(source, **options) -> labels.Split:
+    """`labels.split_train` with the options' defaults."""
+    defaults = dict(num_labeled=0, label_ratio=None, labeled_list=None, seed=0, quiet=True)
+    options = defaults | options
+    return labels.split_train(source, argparse.Namespace(**options), options.pop("quiet"))
+
+
+def watch_decoding(monkeypatch) -> list[str]:
+    """A list that grows by the name of each file that is decoded."""
+    names, original = [], files.open_image
+
+    def open_image(path, *options):
+        names.append(Path(path).name)
+        return original(path, *options)
+
+    monkeypatch.setattr(files, "open_image", open_image)
+    return names
+
+
+# ------------------------------------------------------------------------------------- the layouts
 def cityscapes(
     root: Path,
     train: int = 4,
@@ -87,7 +148,7 @@ def cityscapes(
             city = CITIES[i % len(CITIES)]
             stem = f"{city}_{i:06d}_000019"
             chosen = rng.permutation(CITYSCAPES_IDS[:classes])[: max(12, classes - i % 3)].tolist()
-            label = scene(size, chosen, rng)
+            label = stripes(size, chosen, rng)
             label[-max(1, size[0] // 8) :] = 1  # ego vehicle
             label[: max(1, size[0] // 16), : max(1, size[1] // 4)] = 4  # static
             image_file = root / "leftImg8bit" / part / city / f"{stem}_leftImg8bit.png"
@@ -95,7 +156,7 @@ def cityscapes(
             instances = label_file.with_name(f"{stem}_gtFine_instanceIds.png")
             save(image_file, colour(label, rng))
             save(label_file, label)
-            save(instances, label.astype(np.uint16))  # lies beside it, is not read
+            save(instances, label.astype(np.uint16))  # is beside it and not read
     return root
 
 
@@ -112,14 +173,14 @@ def pascal(
     """JPEGImages, ImageSets/Segmentation, and SegmentationClass of `train` and `val` images.
 
     Those are palette PNGs, 255 along the borders of objects. With `augmented` also
-    SegmentationClassAug (grey PNGs), which covers those and `extra` training images more. Others
-    lie about unlisted."""
+    SegmentationClassAug (grey PNGs), which covers those and `extra` training images more. One more
+    image is not listed."""
     rng = np.random.default_rng([seed, 2])
     names = [f"2007_{i:06d}" for i in range(train + val + extra + 1)]
     parts = {"train": names[:train], "val": names[train : train + val]}
     for i, name in enumerate(names):
         classes_here = [1 + (i * 3 + k) % (classes - 1) for k in range(min(3, classes - 1))]
-        label = scene(size, [0, *classes_here], rng)
+        label = stripes(size, [0, *classes_here], rng)
         save(root / "JPEGImages" / f"{name}.jpg", colour(label, rng), quality=95)
         edge = np.zeros(size, bool)
         edge[:, 1:] = label[:, 1:] != label[:, :-1]
@@ -152,7 +213,7 @@ def sun(
     rng = np.random.default_rng([seed, 3])
     for part, number, shift in (("train", train, offset), ("test", test, 0)):
         for i in range(1, number + 1):
-            label = scene(size, [0, *(1 + rng.permutation(37)[:5])], rng)
+            label = stripes(size, [0, *(1 + rng.permutation(37)[:5])], rng)
             file = root / f"SUNRGBD-{part}_images" / f"img-{i:06d}.jpg"
             save(file, colour(label, rng), quality=95)
             save(root / "sunrgbd_train_test_labels" / f"img-{i + shift:06d}.png", label)
@@ -172,7 +233,7 @@ def camvid(
     for part, number in (("train", train), ("val", val), ("test", test)):
         for i in range(number):
             name = f"0016E5_{len(part) * 1000 + i * 30:05d}.png"
-            label = scene(size, rng.permutation(11)[: 11 - i % 3].tolist(), rng)
+            label = stripes(size, rng.permutation(11)[: 11 - i % 3].tolist(), rng)
             label[-max(1, size[0] // 8) :] = 11
             save(root / "CamVid" / part / name, colour(label, rng))
             save(root / "CamVid" / f"{part}annot" / name, label)
@@ -198,7 +259,7 @@ def folder(
     for part, number, more in (("train", train, unlabelled), ("val", val, 0)):
         (root / "labels" / part).mkdir(parents=True)
         for i in range(number + more):
-            label = scene(size, list(range(classes)), rng)
+            label = stripes(size, list(range(classes)), rng)
             save(root / "images" / part / f"{part}_{i:03d}{suffix}", colour(label, rng))
             if part == "train" and painted < 1:
                 label[max(1, round(size[0] * painted)) :] = 255
