@@ -17,7 +17,7 @@ from torch import nn
 
 from engine.checkpoint import read_config
 from engine.processes import COLLECTIVE_LIMIT, cores, start_server
-from inputs.errors import need, note
+from inputs.errors import UserError, first_line, need, note
 from inputs.labels import Split, fingerprint
 from inputs.source import Source
 
@@ -35,31 +35,47 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     # a resumed run keeps its precision (the launcher says "no" by default) and its micro-batches;
     # check_resumed refuses others
     unasked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
-    accelerator = Accelerator(
-        mixed_precision=getattr(args, "mixed_precision", None) if unasked else None,
-        gradient_accumulation_steps=getattr(args, "gradient_accumulation_steps", 1),
-        log_with=None if args.log_with == "none" else args.log_with,
-        project_dir=".",
-        dynamo_backend="inductor" if args.compile else None,
-        kwargs_handlers=[
-            # rank 0's batch-norm statistics are shared before a validation (record.py): shared at
-            # every forward, the second one would change what the first keeps for its gradient.
-            # Supervised warm-up steps do not use the representation
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False,
-                find_unused_parameters=args.reco and getattr(args, "warmup_iterations", 0) > 0,
-            ),
-            InitProcessGroupKwargs(timeout=COLLECTIVE_LIMIT),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=getattr(args, "mixed_precision", None) if unasked else None,
+            gradient_accumulation_steps=getattr(args, "gradient_accumulation_steps", 1),
+            log_with=None if args.log_with == "none" else args.log_with,
+            project_dir=".",
+            dynamo_backend="inductor" if args.compile else None,
+            kwargs_handlers=[
+                # rank 0's batch-norm statistics are shared before a validation (record.py): shared
+                # at every forward, the second one would change what the first keeps for its
+                # gradient. Supervised warm-up steps do not use the representation
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False,
+                    find_unused_parameters=args.reco and getattr(args, "warmup_iterations", 0) > 0,
+                ),
+                InitProcessGroupKwargs(timeout=COLLECTIVE_LIMIT),
+            ],
+        )
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"Accelerate's settings cannot work here ({first_line(error)}); change those of "
+            "`accelerate config`, `accelerate launch` or the ACCELERATE_... variables"
+        ) from None
     device, processes = accelerator.device.type, accelerator.num_processes
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    need(
+        launched == processes,
+        f"{launched} processes were launched, but Accelerate sees {processes}: without GPUs set "
+        "ACCELERATE_USE_CPU=1, or launch one process",
+    )
+    need(
+        accelerator.distributed_type == "NO" or accelerator.distributed_type.startswith("MULTI_"),
+        f"Accelerate's {accelerator.distributed_type.value} cannot work here; use MULTI_GPU",
+    )
     need(
         accelerator.mixed_precision != "fp16" or device != "cpu",
         "mixed precision fp16 needs a GPU; on a CPU train with bf16 or without",
     )
     # `accelerate launch` allows one thread where nobody said how many, plain python all
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if device == "cpu" and processes == 1 and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+    default = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if device == "cpu" and processes == 1 and default and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(cores())
     if device == "mps":
         note(
@@ -162,7 +178,7 @@ def start_line(
         images += f" + {len(split.unlabelled)} unlabelled"
     batches = " + ".join(str(loader.sampler.batch_size * processes * steps) for loader in loaders)
     if steps > 1:
-        batches += f" (in {steps} micro-batches)"
+        batches += f" (gradient accumulation over {steps} micro-batches)"
     rate = f"{args.optimizer}, learning rate {args.lr:g}"
     if args.backbone_lr_scale == 0:
         rate += ", backbone frozen"
