@@ -23,7 +23,7 @@ from inputs import files, transforms
 from inputs.errors import UserError
 from inputs.source import voc_palette
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 SIXTEEN_BIT = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from inputs import street
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHARES = dict(  # of the pixels of the training split
     road=0.31,
     sidewalk=0.16,
