@@ -266,7 +266,7 @@ def predict_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return scores
+    return {path: scores[path] for path in targets if path in scores}
 
 
 # ----------------------------------------------------------------------------- what to label next
