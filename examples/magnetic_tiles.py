@@ -5,7 +5,7 @@
     $ python train_semi.py --reco --dataset folder --data-path dataset/tiles --recipe camvid \\
           --num-labeled 30
 
-Grey photographs of 200 to 600 pixels, 51 MB (the dot at the end belongs to the name of the
+Grey images of 200 to 600 pixels, 51 MB (the dot at the end belongs to the name of the
 repository). Six classes: no defect, blowhole, break, crack, fray, uneven. Of the images without a
 defect the first 200 are taken, in the order of the MD5 of their file names. In that order, of six
 images of a kind three are for training, one for validation, two for testing: 301, 97 and 194.

@@ -118,9 +118,9 @@ def read_label(
     origin  what the message on a wrong value says of the allowed ones, e.g. where they are named
     colours pack_colour(R, G, B) -> class id or IGNORE, for masks in colours
 
-    A grey PNG holds values. An RGB PNG needs `colours`. A palette PNG means its colours where all
-    are in `colours`, else the values of its greys where all are greys (a tool may have compressed a
-    grey PNG), else its indices. What is transparent in a mask in colours is not labelled.
+    A grey PNG holds values. An RGB PNG requires `colours`. A palette PNG means its colours if all
+    are in `colours`; else its greys if all are greys (a tool may have compressed a grey PNG); else
+    its indices. What is transparent in a mask in colours is not labelled.
     Raises UserError that names the file, the value and the allowed range.
     """
     image, stored = open_image(path)
@@ -143,7 +143,10 @@ def read_label(
         label = classes_of_palette(image, colours).take(np.asarray(image))
     unknown = label is None or (label == OUTSIDE).any()
     if image.mode == "P" and unknown and is_grey(image.getpalette()):
+        used = np.unique(np.asarray(image))
         image, label = image.convert("L"), None
+        one_to_one = len(np.unique(np.asarray(image))) == len(used)
+        need(one_to_one, f"{path}: its palette has one grey for two numbers; save it as 8-bit grey")
     if label is None:
         return label_by_value(path, image, table, origin)
     if (label == OUTSIDE).any():

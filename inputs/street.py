@@ -1,19 +1,17 @@
-"""
-street: a Cityscapes in miniature, drawn in memory. Nothing to download, nothing to store.
+"""street: a Cityscapes in miniature, drawn in memory. Nothing to download, nothing to store.
 
     from inputs.street import scene
     image, label = scene("train", 0)    # uint8 [64, 64, 3], uint8 [64, 64]
 
-    $ python street.py sheet.png        # a contact sheet: image | coloured label
+    $ python inputs/street.py sheet.png    # a contact sheet: image | coloured label
 
-A scene is a pure function of (split, index); the three splits draw from disjoint seeds. Few labels
-hurt here for the reason they hurt in real streets: light, season, colours, camera and layout differ
-from scene to scene, so colour alone does not tell road from sidewalk, rider from person or truck
-from car; shape and place do. The classes run from a third of all pixels (road) to half a percent
-(rider, sign, pole).
+An image is a pure function of (split, index); the three splits draw from disjoint seeds. Few labels
+hurt here for the reason they hurt in real streets: light, season, colours, camera and layout vary,
+so colour does not tell road from sidewalk, rider from person or truck from car; shape and place do.
+The classes run from a third of all pixels (road) to half a percent (rider, sign, pole).
 
-How: world coordinates are metres (x to the right of the road's middle, y up, z ahead of the
-camera). Every stroke is painted on two canvases of three times the size, far things first: its
+How: world coordinates are metres (x to the right of the middle of the road, y up, z ahead of the
+camera). Every stroke is painted on two canvases of three times the size, far objects first: its
 colour on one, its class id on the other, without antialiasing. Colours are reduced by a box filter,
 ids by taking the centre of each 3x3 block.
 """
@@ -57,7 +55,7 @@ SIZE = 64
 SPLITS = {"train": 1000, "val": 300, "test": 500}
 FINE = 3  # canvas pixels per image pixel and side; odd, so that a block has a centre
 
-# Colours in plain daylight. A scene picks from these and jitters them.
+# Colours in plain daylight. An image picks from these and jitters them.
 ASPHALT = [
     (86, 86, 90),
     (106, 105, 104),
@@ -144,7 +142,7 @@ CIRCLE = [(math.cos(math.pi * i / 6), math.sin(math.pi * i / 6)) for i in range(
 
 
 # --------------------------------------------------------------------------------------------------
-# Chance, camera, brush. `v`, the view, holds what a whole scene shares: generator, camera, light,
+# Chance, camera, brush. `v`, the view, holds what a whole image shares: generator, camera, light,
 # the two canvases.
 
 
@@ -172,7 +170,7 @@ def project(v, x, y, z):
 
 
 def in_view(v, x):
-    """The smallest z at which something at x is inside the picture."""
+    """The smallest z at which an object at x is inside the image."""
     return max(v.near, (x - v.offset) / (0.93 - v.vanish), (v.offset - x) / (v.vanish - 0.07))
 
 
@@ -183,8 +181,8 @@ def thin(v, z, metres, pixels=1.5):
 
 def brush(v, cls, x, z, flip=1.0, tall=1.0):
     """
-    A brush for an object of class cls that stands at (x, z): strokes in metres from there,
-    stretched by flip and tall. Class None leaves the label alone (shadows, halos). A glowing colour
+    A brush for an object of class cls at (x, z): strokes in metres from there, stretched by flip
+    and tall. Class None does not change the label (shadows, halos). A glowing colour
     knows neither light nor haze; a colour with a fourth number is blended with that opacity.
     """
     fog = v.haze * max(0.0, 1 - v.near / z) ** 2
@@ -548,7 +546,7 @@ def draw_truck(v, x, z, view):
 
 
 # --------------------------------------------------------------------------------------------------
-# The scene.
+# The image.
 
 
 def draw_houses(v):
@@ -570,7 +568,7 @@ def draw_houses(v):
 
 
 def populate(v):
-    """Decides who stands where. Paints houses, then all shadows, then everyone far to near."""
+    """Places the actors; paints houses, then all shadows, then the actors from far to near."""
     w, chance, cast = v.half_road, v.rng.random, []
 
     def place(paint, x, z, half, length, *args):
@@ -636,7 +634,7 @@ def populate(v):
 
 def scene(split: str, index: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
     """
-    Draws scene `index` of a split ("train", "val", "test"); the same arguments give the same bits.
+    Draws image `index` of a split ("train", "val", "test"); the same arguments give the same bits.
     Returns (image, label): uint8 [size, size, 3] RGB, and uint8 [size, size] class ids 0..10, none
     of them void. Size changes the resolution, not what is seen. ValueError for a split or an index
     that does not exist.
@@ -645,7 +643,7 @@ def scene(split: str, index: int, size: int = SIZE) -> tuple[np.ndarray, np.ndar
         raise ValueError(f"street has no split {split!r}; there are {', '.join(SPLITS)}")
     if not 0 <= index < SPLITS[split]:
         raise ValueError(
-            f"street's split {split} holds scenes 0 to {SPLITS[split] - 1}, not {index}"
+            f"street's split {split} holds images 0 to {SPLITS[split] - 1}, not {index}"
         )
     rng = np.random.default_rng([list(SPLITS).index(split), int(index)])
     canvas = Image.new("RGB", (size * FINE, size * FINE))
@@ -683,7 +681,7 @@ def scene(split: str, index: int, size: int = SIZE) -> tuple[np.ndarray, np.ndar
 
 
 def contact_sheet(path, rows=6, columns=6, zoom=3):
-    """Writes the first training scenes as one PNG, each as image | coloured label, enlarged."""
+    """Write the first training images as one PNG, each as image | coloured label, enlarged."""
     sheet = []
     for row in range(rows):
         pairs = [scene("train", row * columns + column) for column in range(columns)]

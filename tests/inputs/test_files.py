@@ -274,6 +274,12 @@ def test_a_rewritten_mask_is_read_by_its_meaning(tmp_path_factory, label, seed, 
     assert np.array_equal(files.read_label(path, TABLE, colours=meaning), label)
 
 
+def test_a_palette_with_one_grey_for_two_numbers_is_refused(tmp_path):
+    trees.save(tmp_path / "mask.png", np.array([[0, 1]], np.uint8), [0] * 768)
+    with pytest.raises(UserError, match=r"mask\.png: its palette has one grey for two numbers"):
+        files.read_label(tmp_path / "mask.png", TABLE)
+
+
 def test_bits_of_a_grey_mask(tmp_path):
     """Grey PNGs of fewer bits hold 0 to white: 1 of 3 is the grey 85, which is not a class. White
     of one bit is 255 by the standard, but many programs mean 1."""
