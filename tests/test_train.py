@@ -159,8 +159,8 @@ def test_starting_from_a_run(tmp_path):
         assert [entry["step"] for entry in history] == [0, 1]
         assert history[0]["miou"] > history[1]["miou"]
         assert all(torch.equal(before[key], after[key]) for key in before)
-    args = train_semi.parse_options(["--init-from", str(first)])
-    assert args.lr == pytest.approx(RECIPES["street"]["lr"] / 10)
+    args = train_semi.parse_options([*common, "--init-from", str(first)])
+    assert args.lr == pytest.approx(RECIPES["folder"]["lr"] / 10)
     config = json.loads((first / "config.json").read_text())
     config["arguments"]["recipe"] = "street"
     (first / "config.json").write_text(json.dumps(config))
