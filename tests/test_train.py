@@ -207,8 +207,10 @@ def test_two_processes(module, tmp_path):
     assert "cpu x 2" in out and "global batch 4" in out
     assert out.count("best validation mIoU") == 1  # the other process prints nothing
     saved = json.loads((tmp_path / "run" / "config.json").read_text())["arguments"]
-    assert saved["processes"] == 2 and saved["recipe_batch"] != 4
-    assert saved["base_lr"] == saved["lr"] * 4 / saved["recipe_batch"]  # by the global batch
+    recipe = RECIPES["folder"]
+    batch = recipe["batch_size"] * (2 if module == "train_supervised" else 1)
+    assert saved["processes"] == 2
+    assert saved["lr"] == pytest.approx(recipe["lr"] * 4 / batch)  # by the global batch
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     # every validation pixel once
     assert torch.tensor(history[-1]["confusion"]).sum() == 3 * 48 * 64
