@@ -159,8 +159,8 @@ def test_starting_from_a_run(tmp_path):
         assert [entry["step"] for entry in history] == [0, 1]
         assert history[0]["miou"] > history[1]["miou"]
         assert all(torch.equal(before[key], after[key]) for key in before)
-    args = train_semi.parse_options(["--init-from", str(first)])
-    assert args.lr == pytest.approx(RECIPES["street"]["lr"] / 10)
+    args = train_semi.parse_options([*common, "--init-from", str(first)])
+    assert args.lr == pytest.approx(RECIPES["folder"]["lr"] / 10)
     config = json.loads((first / "config.json").read_text())
     config["arguments"]["recipe"] = "street"
     (first / "config.json").write_text(json.dumps(config))
@@ -207,8 +207,10 @@ def test_two_processes(module, tmp_path):
     assert "cpu x 2" in out and "global batch 4" in out
     assert out.count("best validation mIoU") == 1  # the other process prints nothing
     saved = json.loads((tmp_path / "run" / "config.json").read_text())["arguments"]
-    assert saved["processes"] == 2 and saved["recipe_batch"] != 4
-    assert saved["base_lr"] == saved["lr"] * 4 / saved["recipe_batch"]  # by the global batch
+    recipe = RECIPES["folder"]
+    batch = recipe["batch_size"] * (2 if module == "train_supervised" else 1)
+    assert saved["processes"] == 2
+    assert saved["lr"] == pytest.approx(recipe["lr"] * 4 / batch)  # by the global batch
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     # every validation pixel once
     assert torch.tensor(history[-1]["confusion"]).sum() == 3 * 48 * 64
