@@ -235,6 +235,10 @@ def prepare_training(
         # a process has few images: batch statistics are those of all processes. timm's conversion
         # keeps the activations of its own norm layers
         model = convert_sync_batchnorm(model)
+    else:
+        for module in model.modules():  # nobody reads these counts: an operation less per layer
+            if getattr(module, "num_batches_tracked", None) is not None:
+                module.num_batches_tracked = None
     if model.representation is not None and not args.reco:
         model.representation.requires_grad_(False)  # distributed training waits for every gradient
     if args.backbone_lr_scale == 0:

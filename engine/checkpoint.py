@@ -243,8 +243,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], origin) -> None:
     """Load all weights into the model; UserError where names or shapes differ, or a value is NaN
-    or infinite; `origin` is their name in the message."""
-    own = model.state_dict()
+    or infinite; `origin` is their name in the message. The counts of batch norm are left out."""
+    own, weights = (
+        {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+        for state in (model.state_dict(), weights)
+    )
     odd = [
         f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}"
         for name, value in weights.items()
@@ -257,7 +260,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], origin) -> None:
         f"{origin}: does not fit the network ({odd[0] if odd else ''}; {len(odd)} entries "
         "differ): another architecture or class count",
     )
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     need(not bad, f"{origin}: is damaged ({', '.join(bad[:1])} has values that are not finite)")
 

@@ -39,7 +39,7 @@ GRACE = 10  # seconds that a launcher has to end the other ranks after one has f
 # Windows has no fork, and on macOS system libraries may crash after one
 START_METHOD = "spawn" if sys.platform in ("win32", "darwin") else "forkserver"
 # The packages that engine/loaders.py needs: each loader process imports what is missing here
-PRELOADED = ["torch.utils.data", "torchvision.transforms.v2.functional", "PIL.Image", "tqdm"]
+PRELOADED = ["torch.utils.data", "PIL.Image", "tqdm"]
 STOP_SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 ]

@@ -41,9 +41,8 @@ class Record:
         self.source, self.split, self.config = source, split, config
         self.main = accelerator.is_main_process
         self.step, self.best, self.history, self.skipped = 0, None, [], 0
-        self.sums, self.since = {}, time.monotonic()
+        self.pending, self.since = [], time.monotonic()  # (step, names, values) of the curves
         self.bar = self.writer = None
-        self.first_bad = BadStep()
         self.stop = Stop()
         self.control = None  # exchanges signals between processes without the device
         if accelerator.num_processes > 1:
@@ -181,23 +180,22 @@ class Record:
             self.leave(stop)
 
     def add(self, curves: dict[str, Tensor]) -> None:
-        """Add to the sums, which stay on the device until the logging interval."""
-        curves = {name: value.detach() for name, value in curves.items()}
-        if self.first_bad.names != list(curves):  # again when the unlabelled images have joined
-            self.check_losses()
-            self.first_bad = BadStep(list(curves))
-        self.first_bad.update(self.step, torch.stack(list(curves.values())))
-        for name, value in curves.items():
-            total, times = self.sums.get(name, (0.0, 0))
-            self.sums[name] = total + value, times + 1
+        """Keep the values, on the device, until the logging interval."""
+        values = torch.stack([value.detach() for value in curves.values()])
+        self.pending.append((self.step, tuple(curves), values))
 
     def log_means(self) -> None:
         """Log the means since the last time, and show the losses in the bar."""
         self.check_losses()
-        sums = torch.stack([total / times for total, times in self.sums.values()])
-        means = self.accelerator.reduce(sums, "mean").tolist()
-        means = dict(zip(self.sums, means, strict=True))
-        steps = max(times for _, times in self.sums.values())
+        columns = {}  # curve -> its values; the names change after the warm-up
+        for _, names, values in self.pending:
+            for name, value in zip(names, values, strict=True):
+                columns.setdefault(name, []).append(value)
+        means = torch.stack([torch.stack(column).mean() for column in columns.values()])
+        means = self.accelerator.reduce(means, "mean").tolist()
+        means = dict(zip(columns, means, strict=True))
+        steps = len(self.pending)
+        self.pending.clear()
         seconds, self.since = time.monotonic() - self.since, time.monotonic()
         batch = sum(loader.sampler.batch_size for loader in self.loaders)
         images = steps * batch * self.accelerator.num_processes
@@ -208,7 +206,6 @@ class Record:
         rate = self.parts["optimizer"].param_groups[0]["lr"]
         speed = {"learning rate": rate, "images per second": images / seconds}
         self.log({**means, **speed, **skipped})
-        self.sums = {}
 
     def stop_requested(self) -> int:
         """The signal that asks for a stop, or 0: the same on every process."""
@@ -289,11 +286,15 @@ class Record:
                 torch.distributed.broadcast(buffer, 0)
 
     def check_losses(self) -> None:
-        """UserError, the batches written beside it, where a loss was not finite."""
-        bad = self.first_bad
-        if bad.step is None or int(bad.step) < 0:
+        """UserError if a loss was not finite; its batch is written to the run folder."""
+        if not self.pending:
             return
-        step = int(bad.step)
+        finite = torch.stack([values.isfinite().all() for _, _, values in self.pending]).tolist()
+        if all(finite):
+            return
+        step, names, values = self.pending[finite.index(False)]
+        pairs = zip(names, values.tolist(), strict=True)
+        losses = ", ".join(f"{name} {value:g}" for name, value in pairs)
         # a batch is a function of (seed, step), so the offending one can be read again
         k = self.accelerator.gradient_accumulation_steps
         micro_steps = range(step * k, (step + 1) * k)
@@ -301,7 +302,7 @@ class Record:
         name = f"nonfinite-step{step}-process{self.accelerator.process_index}.pt"
         checkpoint.write_torch(self.folder / name, batches)
         raise UserError(
-            f"the loss was not finite at step {step} ({bad.describe()}); the last good checkpoint "
+            f"the loss was not finite at step {step} ({losses}); the last good checkpoint "
             f"is kept, the batch is in {self.folder / name}. A smaller --lr, or bf16 instead of "
             "fp16, usually helps"
         )
@@ -376,26 +377,6 @@ def reco_curves(stats: dict) -> dict[str, Tensor]:
         "reco/classes": stats["num_classes"].float(),
         "reco/hard pixels": stats["num_hard"].sum().float(),
     }
-
-
-class BadStep:
-    """The first step with a loss that is not finite, found without waiting for the device."""
-
-    def __init__(self, names: list[str] | None = None):
-        self.names, self.step, self.values = names, None, None
-
-    def update(self, step: int, values: Tensor) -> None:
-        bad = ~torch.isfinite(values).all()
-        if self.step is None:
-            self.step = torch.full_like(bad, -1, dtype=torch.long)
-            self.values = torch.zeros_like(values)
-        first = bad & (self.step < 0)
-        self.step = torch.where(first, step, self.step)
-        self.values = torch.where(first, values, self.values)
-
-    def describe(self) -> str:
-        pairs = zip(self.names, self.values.tolist(), strict=True)
-        return ", ".join(f"{name} {value:g}" for name, value in pairs)
 
 
 def batch_of_step(loader, step: int) -> list[Tensor]:

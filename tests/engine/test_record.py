@@ -42,7 +42,7 @@ def test_the_best_on_validation_is_kept(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_finite_stop_the_run():
     run, model = object.__new__(record.Record), torch.nn.Linear(2, 2)
-    run.step, run.first_bad = 3, record.BadStep()
+    run.step, run.pending = 3, []
     run.parts = {"model": model}
     run.check_weights()
     model.bias.data[1] = float("nan")
