@@ -28,6 +28,7 @@ VIT_LR_SCALE = 1 / 40
 HARMLESS = {"resume", "out_dir", "num_workers", "save_interval", "log_interval", "log_with"}
 HARMLESS |= {"cache_dir", "data_path", "init_from"}
 NOT_GIVEN = object()
+STEPS = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
 class Parser(argparse.ArgumentParser):
@@ -242,6 +243,13 @@ def add_optimisation_options(add, by: dict[str, str]) -> None:
         f"ones ({by['batch_size']})",
     )
     add(
+        "--gradient-accumulation-steps",
+        type=size,
+        metavar="K",
+        help="micro-batches per optimiser step: K times the batch in the same memory (default: "
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, or 1)",
+    )
+    add(
         "--lr",
         type=positive_float,
         help=f"base learning rate, used as given ({by['lr']}, adamw: {ADAMW['lr']}; the default is "
@@ -393,6 +401,10 @@ def fill_from_recipe(args: argparse.Namespace, recipes: Recipes) -> None:
     for name, value in recipe.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    if args.gradient_accumulation_steps is None:
+        steps = os.environ.get(STEPS, "1")
+        need(steps.isdecimal() and int(steps) > 0, f"{STEPS}={steps}: must be an integer above 0")
+        args.gradient_accumulation_steps = int(steps)
     if not lr_given:
         scale_learning_rate(args, recipe["batch_size"])
     args.save_interval = args.save_interval or args.val_interval
@@ -416,18 +428,13 @@ def fit_vit(args: argparse.Namespace, recipe: dict) -> None:
 def scale_learning_rate(args: argparse.Namespace, recipe_batch: int) -> None:
     """The recipe's rate in proportion to the images of an optimiser step."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    batch = args.batch_size * processes * micro_batches()
+    batch = args.batch_size * processes * args.gradient_accumulation_steps
     if batch != recipe_batch:
         before, args.lr = args.lr, args.lr * batch / recipe_batch
         note(
             f"learning rate {args.lr:g} = {before:g} x {batch}/{recipe_batch}, in proportion to "
             "the global batch; --lr overrides it"
         )
-
-
-def micro_batches() -> int:
-    """Micro-batches of an optimiser step: `accelerate launch --gradient_accumulation_steps`."""
-    return int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
 
 
 def check_values(args: argparse.Namespace) -> None:

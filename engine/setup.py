@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     parse_flag_from_env,
 )
@@ -32,13 +33,15 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     if args.num_workers:
         start_server()
-    # a resumed run keeps its precision (the launcher says "no" by default) and its micro-batches;
-    # check_resumed refuses others
+    # a resumed run keeps its precision (the launcher says "no" by default);
+    # check_resumed refuses another
     unasked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
     try:
         accelerator = Accelerator(
             mixed_precision=getattr(args, "mixed_precision", None) if unasked else None,
-            gradient_accumulation_steps=getattr(args, "gradient_accumulation_steps", 1),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
             log_with=None if args.log_with == "none" else args.log_with,
             project_dir=".",
             dynamo_backend="inductor" if args.compile else None,
@@ -153,7 +156,6 @@ def launch_settings(accelerator: Accelerator) -> dict:
     return {
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
-        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
     }
 
 
