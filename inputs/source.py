@@ -103,7 +103,7 @@ class Source:
         """
         if sample.drawn:
             split, index = sample.image.removeprefix("street:").split("/")
-            image, label = street_image(split, int(index))
+            image, label = street_scene(split, int(index))
             return image, label if sample.label else torch.full_like(label, IGNORE)
         if self.cache_dir and not full_resolution:
             return self.read_cached(sample)
@@ -155,7 +155,7 @@ def load_copy(path: Path) -> Tensor | None:
 
 
 @functools.cache
-def street_image(split: str, index: int) -> tuple[Tensor, Tensor]:
+def street_scene(split: str, index: int) -> tuple[Tensor, Tensor]:
     """A street scene, drawn once: image uint8 [3, 64, 64] and label uint8 [64, 64], 16 kB."""
     image, label = street.scene(split, index)
     return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
