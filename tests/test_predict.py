@@ -209,7 +209,8 @@ def test_what_is_erased_in_a_predicted_mask_is_not_labelled(classes, white, tmp_
         mask.save(tmp_path / "erased.png")
     label[0, 1] = 255
     table = value_table({i: i for i in (*range(classes), 255)})
-    assert np.array_equal(files.read_label(tmp_path / "erased.png", table), label)
+    if classes > 2 or not white:  # black and white alone are the greys 0 and 255
+        assert np.array_equal(files.read_label(tmp_path / "erased.png", table), label)
     by_colour = {files.pack_colour(*colour): i for i, colour in enumerate(colours)}
     erased = files.read_label(tmp_path / "erased.png", table, colours=by_colour)
     assert np.array_equal(erased, label)
