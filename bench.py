@@ -39,8 +39,7 @@ from data import DATASETS, load_source
 from engine.options import new_parser, positive
 from engine.processes import launch
 from engine.setup import new_optimizer, start_accelerator, start_step
-from evaluate import output_file
-from inputs.files import read_image, write_json
+from inputs.files import output_file, read_image, write_json
 from inputs.labels import split_train
 from inputs.source import Source
 from inputs.transforms import resize_image, to_float

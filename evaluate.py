@@ -10,7 +10,6 @@
 
 import argparse
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from engine.loaders import evaluation_loader
 from engine.options import add_prediction_options, natural, new_parser, positive
 from engine.processes import launch
 from inputs.errors import UserError, need
-from inputs.files import write_json
+from inputs.files import output_file, write_json
 from inputs.source import Source
 from models import load_published
 
@@ -81,38 +80,7 @@ def parse_options() -> argparse.Namespace:
     return args
 
 
-# --------------------------------------------------------------------------------- output files
-def output_file(option: str, name: str | Path, overwrite: bool) -> Path:
-    """The path that an option names for its output. UserError where it cannot be written, and for
-    an existing file without `overwrite`."""
-    path = Path(name)
-    need(not path.is_dir(), f"{option} {path}: is a folder; name a file")
-    writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
-    need(writable, f"{option} {path}: {path.parent} is not a folder that can be written to")
-    need(
-        overwrite or not path.is_file(),
-        f"{option} {path}: exists; name another file, or replace it with --overwrite",
-    )
-    return path
-
-
-def need_no_input(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
-    """UserError where an output is one of the input files, by whatever name or link."""
-    existing = {identity(path): path for path in outputs if path.exists()}
-    for path in inputs if existing else ():
-        output = existing.get(identity(path))
-        need(not output, f"{output}: would overwrite the input {path}; choose another output")
-
-
-def identity(path: str | Path) -> tuple[int, int] | None:
-    """What all names of a file share; None for a file that does not exist."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
+# ----------------------------------------------------------------------------------- evaluation
 def choose_json(args: argparse.Namespace) -> Path:
     """Where the results go; evaluation-SPLIT.json in a run folder is ours and may be replaced."""
     if args.json:
@@ -123,7 +91,6 @@ def choose_json(args: argparse.Namespace) -> Path:
     return output_file("--json", name, args.overwrite or in_run)
 
 
-# ----------------------------------------------------------------------------------- evaluation
 def load_images(args: argparse.Namespace, config: dict) -> Source:
     """The data set to evaluate on, which must have the model's classes."""
     saved = config["arguments"]

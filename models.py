@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from backbones import build_backbone
 from data import DATASETS
 from engine.checkpoint import load_weights, read_config, read_torch, read_weights
-from engine.evaluation import predict_picture, predict_strips
+from engine.evaluation import predict_images, predict_strips
 from inputs.errors import UserError, first_line, need, note
 from inputs.files import read_image, to_rgb, write_json
 from inputs.source import Source
@@ -327,16 +327,16 @@ class Segmenter(
             return [self.predict(one, probabilities, confidence, tile, **options) for one in image]
         image = as_tensor(image)
         height, width = image.shape[-2:]
-        common = self, image, self.network_size(height, width), tile, self.mean.device
+        common = self, image[None], self.network_size(height, width), tile, self.mean.device
         training = self.training
         self.eval()
         try:
             if probabilities:
                 prob = np.empty((len(self.classes), height, width), np.float32)
                 for rows, columns, part in predict_strips(*common, **options):
-                    prob[:, rows, columns] = part.cpu().numpy()
+                    prob[:, rows, columns] = part[0].cpu().numpy()
                 return prob
-            mask, sure = predict_picture(*common, **options)
+            (mask,), (sure,) = predict_images(*common, **options)
         finally:
             self.train(training)
         return (mask, sure) if confidence else mask

@@ -35,9 +35,16 @@ import models
 from engine.evaluation import predict_images
 from engine.options import add_prediction_options, new_parser, number, positive
 from engine.processes import cores, launch
-from evaluate import need_no_input, output_file
 from inputs.errors import UserError, first_line, need, note
-from inputs.files import IMAGE_SUFFIXES, need_utf8, partial_of, read_image, write
+from inputs.files import (
+    IMAGE_SUFFIXES,
+    need_no_input,
+    need_utf8,
+    output_file,
+    partial_of,
+    read_image,
+    write,
+)
 from inputs.source import name_of
 from inputs.transforms import upsample
 from models import PUBLISHED, Segmenter, load_published

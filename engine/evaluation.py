@@ -97,12 +97,6 @@ def predict_images(
     return label, confidence
 
 
-def predict_picture(model: nn.Module, image: Tensor, *arguments, **options):
-    """predict_images of one image uint8 [3, H, W]: class and probability [H, W]."""
-    label, confidence = predict_images(model, image[None], *arguments, **options)
-    return label[0], confidence[0]
-
-
 @torch.no_grad()
 def predict_strips(
     model: nn.Module,
@@ -113,10 +107,9 @@ def predict_strips(
     **options,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield (rows, columns, probabilities [B, C, rows, columns]) that together cover images uint8
-    [B, 3, H, W], or [3, H, W] for B = 1."""
+    [B, 3, H, W]."""
     height, width = images.shape[-2:]
     scale = size[0] / height, size[1] / width
-    images = images.reshape(-1, 3, height, width)
     small = torch.stack([resize_image(image, size) for image in images])
     tiles = itertools.product(split(size[0], height, tile), split(size[1], width, tile))
     for (top, bottom, y), (left, right, x) in tiles:

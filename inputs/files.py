@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -271,6 +271,37 @@ def stamp(*paths: str | None) -> list[list[int]]:
 
 
 # ------------------------------------------------------------------------------------- writing
+def output_file(option: str, name: str | Path, overwrite: bool) -> Path:
+    """The path that an option names for its output. UserError where it cannot be written, and for
+    an existing file without `overwrite`."""
+    path = Path(name)
+    need(not path.is_dir(), f"{option} {path}: is a folder; name a file")
+    writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    need(writable, f"{option} {path}: {path.parent} is not a folder that can be written to")
+    need(
+        overwrite or not path.is_file(),
+        f"{option} {path}: exists; name another file, or replace it with --overwrite",
+    )
+    return path
+
+
+def need_no_input(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+    """UserError where an output is one of the input files, by whatever name or link."""
+    existing = {identity(path): path for path in outputs if path.exists()}
+    for path in inputs if existing else ():
+        output = existing.get(identity(path))
+        need(not output, f"{output}: would overwrite the input {path}; choose another output")
+
+
+def identity(path: str | Path) -> tuple[int, int] | None:
+    """What all names of a file share; None for a file that does not exist."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None:
     """Write a file so that a reader, or a crash, sees the old one or the whole new one.
 

@@ -365,8 +365,10 @@ def test_tiles_share_out_every_pixel_once():
 )
 def test_tiles_change_nothing_for_a_pointwise_model(size, shape):
     model, image = Pointwise(), torch.randint(256, (3, *shape), dtype=torch.uint8)
-    label, confidence = evaluation.predict_picture(model, image, size, tile=32, flip=True)
-    whole_label, whole_confidence = evaluation.predict_picture(model, image, size)
+    (label,), (confidence,) = evaluation.predict_images(
+        model, image[None], size, tile=32, flip=True
+    )
+    (whole_label,), (whole_confidence,) = evaluation.predict_images(model, image[None], size)
     assert label.shape == shape and np.array_equal(label, whole_label)
     np.testing.assert_allclose(confidence, whole_confidence, atol=1e-6)
     label, confidence = evaluation.predict_picture(
@@ -381,7 +383,7 @@ def test_twenty_megapixels_in_tiles():
     model = Pointwise(classes=2)
     image = torch.zeros(3, 3648, 5472, dtype=torch.uint8)
     image[0, :, 4000:] = 255
-    label, _ = evaluation.predict_picture(model, image, (3648, 5472))
+    (label,), _ = evaluation.predict_images(model, image[None], (3648, 5472))
     assert model.largest == 1024**2 and label.shape == (3648, 5472)
     assert len(np.unique(label[:, :4000])) == len(np.unique(label[:, 4000:])) == 1
 
