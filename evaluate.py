@@ -22,7 +22,7 @@ from engine.loaders import evaluation_loader
 from engine.options import add_prediction_options, natural, new_parser, positive
 from engine.processes import launch
 from inputs.errors import UserError, need
-from inputs.files import output_file, write_json
+from inputs.files import need_no_input, output_file, write_json
 from inputs.source import Source
 from models import load_published
 

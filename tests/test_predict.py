@@ -371,9 +371,8 @@ def test_tiles_change_nothing_for_a_pointwise_model(size, shape):
     (whole_label,), (whole_confidence,) = evaluation.predict_images(model, image[None], size)
     assert label.shape == shape and np.array_equal(label, whole_label)
     np.testing.assert_allclose(confidence, whole_confidence, atol=1e-6)
-    label, confidence = evaluation.predict_picture(
-        Constant(), image, size, tile=32, scales=[0.5, 2.0]
-    )
+    options = dict(tile=32, scales=[0.5, 2.0])
+    (label,), (confidence,) = evaluation.predict_images(Constant(), image[None], size, **options)
     assert (label == 0).all() and confidence == pytest.approx(
         torch.tensor([1.0, -2.0, 0.5]).softmax(0)[0].item(), abs=1e-6
     )
