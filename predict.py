@@ -35,7 +35,7 @@ import models
 from engine.evaluation import predict_images
 from engine.options import add_prediction_options, new_parser, number, positive
 from engine.processes import cores, launch
-from inputs.errors import UserError, first_line, need, note
+from inputs.errors import UserError, first_line, need
 from inputs.files import (
     IMAGE_SUFFIXES,
     need_no_input,
@@ -45,6 +45,7 @@ from inputs.files import (
     read_image,
     write,
 )
+from inputs.folder import note_left_out
 from inputs.source import name_of
 from inputs.transforms import upsample
 from models import PUBLISHED, Segmenter, load_published
@@ -52,7 +53,6 @@ from models import PUBLISHED, Segmenter, load_published
 ENDINGS = (".png", "_overlay.png", "_confidence.png")
 LONGEST_NAME = 255  # bytes, on most file systems
 # other files that are expected beside images; everything else that is not read is reported
-HARMLESS = (".txt", ".md", ".csv", ".json", ".xml", ".yaml", ".yml", ".ini", ".db", ".log")
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -148,23 +148,16 @@ def images_below(folder: Path, out_dir: Path) -> list[Path]:
     note names what else is not read."""
     root, out = folder.resolve(), out_dir.resolve()
     need(root != out, f"--out-dir {out_dir}: is the folder of the images; choose another")
-    images, skipped = [], []
-    for path in sorted(folder.rglob("*")):  # does not follow links to folders
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        earlier = root in out.parents and path.resolve().is_relative_to(out)
-        if hidden or earlier or (path.is_dir() and not path.is_symlink()):
-            continue
-        if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
-            images.append(path)
-        elif path.suffix.lower() not in HARMLESS:
-            skipped.append(path)
-    read = ", ".join(IMAGE_SUFFIXES)
-    need(images, f"{folder}: no image ({read}) in it or its sub-folders")
-    if skipped:
-        note(
-            f"{len(skipped)} files or linked folders are left out ({skipped[0]} ...): only {read} "
-            "are read"
-        )
+    images = [
+        path
+        for path in sorted(folder.rglob("*"))  # does not follow links to folders
+        if path.is_file()
+        and path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not (root in out.parents and path.resolve().is_relative_to(out))
+    ]
+    need(images, f"{folder}: no image ({', '.join(IMAGE_SUFFIXES)}) in it or its sub-folders")
+    note_left_out(folder, {*images}, out)
     return images
 
 

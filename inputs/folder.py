@@ -12,9 +12,6 @@ from inputs.source import Sample, Splits, list_files, name_of, value_table, voc_
 LAYOUT = "the layout is images/{train,val}/*, labels/{train,val}/*.png, classes.txt"
 RGB = r"(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})"
 
-# predict.py: formats of images that Pillow does not read by itself, or of several images
-OTHER_PICTURES = (".heic", ".heif", ".avif", ".jp2", ".gif", ".dng", ".nef", ".cr2", ".cr3", ".arw")
-
 Colour = tuple[int, int, int]
 
 
@@ -152,29 +149,23 @@ def by_name(folder: Path) -> dict[str, Path]:
     return named
 
 
-def note_left_out(folder: Path, read: set[Path]) -> None:
-    """Report files that are not read: of other formats, in sub-folders, in linked folders."""
+def note_left_out(folder: Path, read: set[Path], outputs: Path | None = None) -> None:
+    """Report files that are not read: of other formats, in sub-folders, in linked folders. Hidden
+    files and those in the folder `outputs` are not reported."""
     left_out = []
     for parent, folders, names in os.walk(folder):
         linked = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        folders[:] = [name for name in folders if not name.startswith(".")]
         left_out += [Path(parent, name) for name in (*names, *linked) if not name.startswith(".")]
+        folders[:] = [
+            name
+            for name in folders
+            if not (name.startswith(".") or Path(parent, name).resolve() == outputs)
+        ]
     left_out = sorted({*left_out} - read)
     if left_out:
         suffixes = sorted({path.suffix.lower() or path.name for path in left_out})
+        where = "in folders that are not links" if outputs else "in the folder itself"
         note(
             f"{folder}: {len(left_out)} files are left out ({', '.join(suffixes[:5])}; "
-            f"{left_out[0]} ...); only {', '.join(IMAGE_SUFFIXES)} in the folder itself are read"
+            f"{left_out[0]} ...); only {', '.join(IMAGE_SUFFIXES)} {where} are read"
         )
-
-
-def all_pictures(folder: Path) -> list[Path]:
-    """predict.py: the images in a folder and its sub-folders, also of formats that are not read;
-    not hidden ones."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in (*IMAGE_SUFFIXES, *OTHER_PICTURES)
-        and path.is_file()
-        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
-    ]

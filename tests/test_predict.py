@@ -461,7 +461,7 @@ def test_what_is_left_out_is_reported(street, script, tmp_path):
         (tmp_path / "in" / name).write_text("x")
     status, text, _ = script(predict, street, tmp_path / "in", "--out-dir", tmp_path / "out")
     assert status == 0 and "1 of 1 images" in text and (tmp_path / "out" / "a.png").exists()
-    assert "note: 4 files or linked folders are left out" in text and "b.heic ..." in text
+    assert ": 5 files are left out" in text and "b.heic ..." in text
 
 
 @pytest.mark.parametrize("most", [1, 3])
