@@ -113,7 +113,6 @@ def peak_memory(device: torch.device) -> float:
     return most / (2**20 if sys.platform == "darwin" else 2**10)  # a Mac counts bytes, Linux kB
 
 
-# ------------------------------------------------------------------------------------ the step
 def random_rectangles(batch: int, size, classes: int) -> torch.Tensor:
     """Label maps of rectangles of random classes, int64 [B, H, W]."""
     coarse = torch.randint(classes, (batch, 1, 8, 8)).float()
@@ -131,8 +130,8 @@ def batch_sizes(args: Namespace) -> list[int]:
     """Images per step and process: labelled and, in train_semi.py, unlabelled."""
     if args.script == "train_supervised.py":
         return [args.batch_size]
-    partial = args.label_ratio is not None
-    return [args.labeled_batch_size or args.batch_size * (2 if partial else 1), args.batch_size]
+    labelled = args.batch_size * (2 if args.label_ratio else 1)
+    return [args.labeled_batch_size or labelled, args.batch_size]
 
 
 def time_steps(args: Namespace, accelerator: Accelerator, steps: int, trace: Path | None) -> list:
@@ -185,9 +184,9 @@ def time_steps(args: Namespace, accelerator: Accelerator, steps: int, trace: Pat
         if accelerator.is_main_process:
             profile.export_chrome_trace(str(trace))
     accelerator.free_memory()
-    times = [1000 * value for value in seconds.values()]
     rate = sum(sizes) * accelerator.num_processes / seconds["step"]
-    return [f"{args.dataset} {args.method}", *times, rate, memory, operations.number]
+    name, times = f"{args.dataset} {args.method}", [1000 * value for value in seconds.values()]
+    return [name, *times, rate, memory, operations.number]
 
 
 def time_loaders(args: Namespace, accelerator: Accelerator, steps: int) -> float:
@@ -246,7 +245,6 @@ def time_prediction(run: str, folder: str, steps: int) -> None:
     print(f"{len(targets)} images: {rate:.2f} images/s; forward passes only: {forward:.2f}")
 
 
-# ---------------------------------------------------------------------------------- the script
 def line(cells: Iterable) -> str:
     """A line of a table. Floats get one decimal place."""
     first, *others = (f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells)
