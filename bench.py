@@ -14,6 +14,7 @@ All other options are those of the training script. The weights are random.
 
 import contextlib
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -276,6 +277,7 @@ def training_options(script: str, words: list[str]) -> Namespace:
 
 def main() -> None:
     own, rest = parse_options()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports a missing GPU as an error
     if own.predict:
         return time_prediction(*own.predict, own.steps)
     args = training_options(own.script, rest)

@@ -26,7 +26,7 @@ def cells(text: str) -> list[str]:
 def table(out: str, first: str) -> list[list[str]]:
     """Header and rows of the printed table whose first column is `first`."""
     part = next(part for part in out.split("\n\n") if part.startswith(first))
-    return [cells(text) for text in part.splitlines()]
+    return [cells(text) for text in part.splitlines() if not text.startswith("note:")]
 
 
 @pytest.mark.parametrize("name, images", [("train_semi.py", 4), ("train_supervised.py", 2)])
