@@ -9,8 +9,9 @@ python experiments.py --results docs --figure curves         # draw docs/curves.
 python experiments.py --only camvid --jobs 14                # share a GPU (docs/speed.md)
 
 With the same seed all methods have the same labelled images, first weights and number of steps. The
-learning rate of a method is the one with the best validation mIoU at seed 0; tables show the test
-images. A finished run is a line of results.csv and is not run again; a killed one is resumed.
+learning rate of a method is the one with the best validation mIoU at seed 0; the table shows the
+scores on the test images. A finished run is a row of results.csv and does not run again; a killed
+one is resumed.
 """
 
 import csv
@@ -58,7 +59,6 @@ ABLATIONS = {  # of ClassMix + ReCo, at its rate
     "active queries, random keys": "train_semi.py --reco --reco-random-keys",
 }
 MAIN = ["supervised", "ClassMix", "ClassMix + ReCo"]
-TABLE = ["supervised", "supervised + ReCo", "CutMix", "ClassMix", "ClassMix + ReCo"]
 # what docs/results.md says to download, or to write, first
 CAMVID = "--dataset camvid --data-path dataset/CamVid --backbone-weights dataset/lite0.safetensors"
 RATES = (0.01, 0.02, 0.04)
@@ -66,9 +66,8 @@ RATES = (0.01, 0.02, 0.04)
 
 class Setting(NamedTuple):
     options: str  # data set, labels, and what differs from the recipe
-    rates: tuple[float, ...] = ()  # to choose from; none: as chosen for camvid, 20 labels
+    rates: tuple[float, ...] = ()  # to choose from; none: the choice of camvid, 20 labels
     methods: list[str] = MAIN
-    semi_options: str = ""  # only for train_semi.py
 
 
 SETTINGS = {
@@ -76,23 +75,11 @@ SETTINGS = {
     "street, p0": Setting("--label-ratio p0", (0.05, 0.1, 0.2)),
     "camvid, 5 labels": Setting(f"{CAMVID} --num-labeled 5"),
     "camvid, 10 labels": Setting(f"{CAMVID} --num-labeled 10"),
-    "camvid, 20 labels": Setting(f"{CAMVID} --num-labeled 20", RATES, [*TABLE, *ABLATIONS]),
-    # as many labelled images a step as in supervised training
+    "camvid, 20 labels": Setting(f"{CAMVID} --num-labeled 20", RATES, [*METHODS, *ABLATIONS]),
+    # as many labelled images per step as in supervised training
     "camvid, 20 labels, 8 labelled a step": Setting(
-        f"{CAMVID} --num-labeled 20",
+        f"{CAMVID} --num-labeled 20 --labeled-batch-size 8",
         methods=["CutMix", "ClassMix", "ClassMix + ReCo"],
-        semi_options="--labeled-batch-size 8",
-    ),
-    # a stronger network (examples/lite_weights.py --lite 2), nearly whole images: for a GPU
-    "camvid, 20 labels, Lite2, crops of 352": Setting(
-        f"{CAMVID.replace('lite0', 'lite2')} --backbone tf_efficientnet_lite2 --crop-size 352 "
-        "--num-labeled 20",
-        semi_options="--labeled-batch-size 8",
-    ),
-    "camvid, 100 labels, 8 labelled a step": Setting(
-        f"{CAMVID} --num-labeled 100",
-        methods=["ClassMix"],
-        semi_options="--labeled-batch-size 8",
     ),
     "camvid, 46 labels": Setting(f"{CAMVID} --num-labeled 46"),
     "camvid, 100 labels": Setting(f"{CAMVID} --num-labeled 100"),
@@ -104,10 +91,8 @@ LOCK = threading.Lock()
 
 # ------------------------------------------------------------------------------------------- runs
 def arguments_of(name: str, method: str, rate: float, seed: int) -> list[str]:
-    """The command line of a run: what decides its result, without paths of this machine."""
+    """The part of a run's command line that decides its result, without local paths."""
     words = (METHODS | ABLATIONS)[method].split() + SETTINGS[name].options.split()
-    if words[0] == "train_semi.py":
-        words += SETTINGS[name].semi_options.split()
     return [*words, "--lr", f"{rate:g}", "--seed", str(seed), "--log-with", "none"]
 
 
@@ -116,13 +101,13 @@ def folder_of(name: str, method: str, rate: float, seed: int) -> Path:
 
 
 def choose_at(name: str, method: str) -> tuple[str, str]:
-    """Setting and method whose runs choose the rate. An ablation takes that of ClassMix + ReCo."""
+    """The setting and method whose runs decide the rate: for an ablation ClassMix + ReCo."""
     setting = name if SETTINGS[name].rates else "camvid, 20 labels"
     return setting, method if method in METHODS else "ClassMix + ReCo"
 
 
 def run_script(script: str, *words) -> None:
-    """Run a script with one thread, on a GPU if there is one (ACCELERATE_USE_CPU=1: never)."""
+    """Run a script with one thread, on a GPU if there is one (not with ACCELERATE_USE_CPU=1)."""
     command = [sys.executable, str(ROOT / script), *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -131,7 +116,7 @@ def run_script(script: str, *words) -> None:
 
 
 def measure(args: Namespace, job: tuple) -> None:
-    """Train one run, evaluate it on the test images and add its line to results.csv."""
+    """Train one run, evaluate it on the test images and add its row to results.csv."""
     folder, words = folder_of(*job), arguments_of(*job)
     begun, resumed = time.monotonic(), (folder / "config.json").exists()
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
@@ -154,7 +139,7 @@ def measure(args: Namespace, job: tuple) -> None:
 
 
 def run_missing(args: Namespace, jobs: list[tuple]) -> None:
-    """Each job (setting, method, rate, seed) that has no line yet, --jobs at a time."""
+    """Run each job (setting, method, rate, seed) that has no row yet, --jobs at a time."""
     done = {(row["setting"], row["arguments"]) for row in read_rows(args.results)}
     jobs = [job for job in jobs if (job[0], " ".join(arguments_of(*job))) not in done]
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), unit="run") as bar:
@@ -194,7 +179,7 @@ def chosen_runs(rows: list[dict], rates: dict[tuple, float | None]) -> dict[tupl
 
 # ----------------------------------------------------------------------------------------- tables
 def spread(rows: list[dict], field: str = "test miou") -> str:
-    """Mean and range over the seeds in per cent; the number of seeds where it is not three."""
+    """Mean and range over the seeds in per cent; also the number of seeds if it is not three."""
     values = [100 * float(row[field]) for row in rows]
     text = f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
     return text if len(rows) == 3 else f"{text}, n = {len(rows)}"
@@ -220,63 +205,52 @@ def make_tables(chosen: dict) -> str:
 
 # ---------------------------------------------------------------------------------------- figures
 def same_seeds(chosen: dict) -> dict:
-    """Of each setting the seeds that all its methods have, so that a figure compares like with
-    like; all where they have none in common."""
+    """For each setting the seeds that all its methods have, so that a figure compares like with
+    like."""
     seeds = {}
     for (name, _), rows in chosen.items():
         here = {row["seed"] for row in rows}
         seeds[name] = seeds.get(name, here) & here
     return {
-        pair: [row for row in rows if row["seed"] in (seeds[pair[0]] or {row["seed"]})]
-        for pair, rows in chosen.items()
+        (name, method): [row for row in rows if row["seed"] in seeds[name]]
+        for (name, method), rows in chosen.items()
     }
 
 
-def curves(chosen: dict) -> dict:
-    """Validation mIoU in per cent: {setting: {method: {step: its values over the seeds}}}."""
+def curves(rows: list[dict]) -> dict:
+    """Validation mIoU in per cent, each method at its best rate: {setting: {method: {step: its
+    values over the seeds}}}."""
+    settings = ("camvid, 20 labels", "camvid, p0", "street, 20 labels")
+    pairs = [(name, method) for name in settings for method in MAIN]
+    chosen = chosen_runs(rows, {pair: best_rate(rows, pair) for pair in pairs})
     panels = {}
-    for (name, method), rows in same_seeds(chosen).items():
+    for (name, method), runs in same_seeds(chosen).items():
         values = panels.setdefault(name, {}).setdefault(method, {})
-        for point in " ".join(row["curve"] for row in rows).split():
+        for point in " ".join(run["curve"] for run in runs).split():
             step, miou = point.split(":")
             values.setdefault(int(step), []).append(100 * float(miou))
     return panels
 
 
-def label_curve(chosen: dict) -> dict:
-    """Test mIoU in per cent of "camvid, N labels": {method: {N: its values over the seeds}}."""
-    bands = {}
-    for (name, method), rows in same_seeds(chosen).items():
-        values = [100 * float(row["test miou"]) for row in rows]
-        bands.setdefault(method, {})[int(name.split()[1])] = values
-    return bands
-
-
-def draw_curves(rows: list[dict], file: Path) -> None:
-    """Validation mIoU over the steps, each method at its best rate."""
-    settings = ("camvid, 20 labels", "camvid, p0", "street, 20 labels")
-    pairs = [(name, method) for name in settings for method in MAIN]
-    chosen = chosen_runs(rows, {pair: best_rate(rows, pair) for pair in pairs})
-    draw_panels(curves(chosen), "step", "validation mIoU", file)
-
-
-def draw_labels(rows: list[dict], file: Path) -> None:
-    """Test mIoU over the number of labelled images."""
+def label_curve(rows: list[dict]) -> dict:
+    """Test mIoU in per cent of "camvid, N labels": {"CamVid": {method: {N: its values over the
+    seeds}}}."""
     settings = [f"camvid, {number} labels" for number in (5, 10, 20, 46, 100, 367)]
     pairs = [(name, method) for name in settings for method in [*MAIN, "supervised + ReCo"]]
-    bands = label_curve(chosen_runs(rows, dict.fromkeys(pairs, 0.04)))
-    draw_panels({"CamVid": bands} if bands else {}, "labelled images", "test mIoU", file)
+    bands = {}
+    for (name, method), runs in same_seeds(chosen_runs(rows, dict.fromkeys(pairs, 0.04))).items():
+        values = [100 * float(run["test miou"]) for run in runs]
+        bands.setdefault(method, {})[int(name.split()[1])] = values
+    return {"CamVid": bands} if bands else {}
 
 
 def draw_panels(panels: dict[str, dict[str, dict]], xlabel: str, ylabel: str, file: Path) -> None:
-    """A panel for each title, in it for each label the mean and range of {x: values}. Numbers of
-    images have a logarithmic axis."""
+    """A panel per title, in it per label the mean and range of {x: values}. The axis of a number
+    of images is logarithmic."""
     need(panels, f"--figure: {file.with_name('results.csv')} has no run for {file.name}")
     labels = list(dict.fromkeys(label for bands in panels.values() for label in bands))
-    size = (4.4 * len(panels), 3.6)
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=size, squeeze=False, layout="constrained"
-    )
+    shape = dict(ncols=len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
+    figure, axes = pyplot.subplots(**shape, layout="constrained")
     for axis, (title, bands) in zip(axes[0], panels.items(), strict=True):
         for label, values in bands.items():
             x, colour = list(values), f"C{labels.index(label)}"
@@ -295,7 +269,7 @@ def draw_panels(panels: dict[str, dict[str, dict]], xlabel: str, ylabel: str, fi
 
 
 def draw_masks(setting: str, rate: float, seed: int, file: Path) -> None:
-    """Rows of six test images, their truth and the masks of the runs of each method."""
+    """Six test images in a row, below them the truth and each method's masks."""
     networks = {m: models.load(folder_of(setting, m, rate, seed)) for m in MAIN}
     arguments = networks[MAIN[0]].config["arguments"]
     source = load_source(arguments["dataset"], arguments["data_path"])
@@ -324,8 +298,10 @@ def save(figure, file: Path) -> None:
 
 
 FIGURES = {  # of docs/results.md
-    "curves": draw_curves,
-    "labels": draw_labels,
+    "curves": lambda rows, file: draw_panels(curves(rows), "step", "validation mIoU", file),
+    "labels": lambda rows, file: draw_panels(
+        label_curve(rows), "labelled images", "test mIoU", file
+    ),
     "camvid": lambda rows, file: draw_masks("camvid, 20 labels", 0.04, 1, file),
     "streets": lambda rows, file: draw_masks("street, 20 labels", 0.2, 0, file),
 }
@@ -339,9 +315,7 @@ def parse_options() -> Namespace:
     add("--only", nargs="+", default=["street"], metavar="TEXT", help=what)
     names = [*METHODS, *ABLATIONS]
     add("--methods", nargs="+", choices=names, metavar="NAME", help="default: those of the setting")
-    add(
-        "--lr", type=positive_float, help="of every run; default: the best on validation, by method"
-    )
+    add("--lr", type=positive_float, help="of every run; default: each method's best on validation")
     add("--seeds", nargs="+", type=natural, default=[0, 1, 2], metavar="N", help="of each method")
     add("--results", type=Path, default=RUNS, metavar="DIR", help="for CSV, table and figures")
     add("--figure", choices=list(FIGURES), help="draw this figure of docs/results.md, run nothing")
@@ -368,11 +342,7 @@ def main() -> None:
     rows = read_rows(args.results)
     rates = {pair: args.lr or best_rate(rows, choose_at(*pair)) for pair in wanted}
     run_missing(args, [(*pair, rates[pair], seed) for seed in args.seeds for pair in wanted])
-    rows = read_rows(args.results)
-    for pair in pairs:  # the others at the chosen rate, or where none was chosen at the best
-        rates[pair] = rates.get(pair) or best_rate(rows, choose_at(*pair))
-        rates[pair] = rates[pair] or best_rate(rows, pair)
-    tables = make_tables(chosen_runs(rows, rates))
+    tables = make_tables(chosen_runs(read_rows(args.results), rates))
     write(args.results / "tables.md", lambda file: file.write(f"{tables}\n".encode()))
     print(tables)
 
