@@ -75,15 +75,8 @@ class Record:
         self.loaders, self.val_loader, self.networks = loaders, val_loader, networks
         if not self.args.resume:
             self.config["data"] = fingerprint(self.source, self.split)
-        line = start_line(
-            self.args,
-            self.accelerator,
-            self.folder,
-            self.source,
-            self.config,
-            self.split,
-            loaders,
-        )
+        run = self.args, self.accelerator, self.folder, self.source, self.config, self.split
+        line = start_line(*run, loaders)
         if self.args.resume:
             line += f" | resumes at step {self.step} of {self.args.iterations}"
         self.say(line)
