@@ -30,8 +30,8 @@ def predict_probabilities(
     window: tuple[int, int] | None = None,
 ) -> Tensor:
     """Class probabilities [B, C, H, W] (float32) of images [B, 3, H, W] in 0 .. 1, averaged over
-    the scales and, with `flip`, the mirrored images; with `window` [h, w] over tiles of that size,
-    too, which overlap by a third."""
+    the scales and, with `flip`, the mirrored images; with `window` also over tiles of that size
+    (height, width) that overlap by a third."""
     height, width = images.shape[-2:]
     total = 0.0
     for scale in scales:

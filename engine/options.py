@@ -286,7 +286,7 @@ def add_run_options(add, by: dict[str, str]) -> None:
         "own options",
     )
     add("--val-interval", type=positive, help=f"steps between validations ({by['val_interval']})")
-    add("--save-interval", type=positive, help="steps between checkpoints (--val-interval)")
+    add("--save-interval", type=positive, help="steps between checkpoints (as --val-interval)")
     add("--log-interval", type=positive, default=25, help="steps between points of the curves")
     add(
         "--log-with",

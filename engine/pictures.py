@@ -1,4 +1,4 @@
-"""The images in TensorBoard: labels, predictions, heat maps, and the projector's representations."""
+"""The images in TensorBoard: labels, predictions, heat maps, representations (projector)."""
 
 import torch
 from matplotlib.figure import Figure
@@ -60,8 +60,8 @@ def spread_indices(length: int, number: int) -> list[int]:
 
 @torch.no_grad()
 def draw_validation(network: nn.Module, images, palette, device) -> Figure:
-    """The same four images each time, with truth, prediction and confidence. `images`: a data set of
-    (image uint8 [3, H, W], label uint8 [H, W], size [2])."""
+    """The same four images each time, with truth, prediction and confidence. `images`: a data set
+    of (image uint8 [3, H, W], label uint8 [H, W], size [2])."""
     network.eval()
     rows = []
     for index in spread_indices(len(images), 4):
@@ -101,7 +101,7 @@ def draw_training(to_plot: dict, palette) -> Figure:
 
 
 def query_mask(queries: Tensor, rep_size, b: int, size) -> Tensor:
-    """[1, H, W] bool: the pixels of the queries in image b. `queries`: indices into B*h*w, or -1."""
+    """[1, H, W] bool: the query pixels of image b. `queries`: indices into B*h*w; -1: none."""
     h, w = rep_size
     picked = torch.zeros(h * w)
     mine = queries.flatten() - b * h * w
