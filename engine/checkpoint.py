@@ -1,14 +1,15 @@
 """A run folder: its name, config.json, the weights to use and the state to resume from.
 
-All files but labeled.txt are written atomically: a killed run finds the old file or the new one.
+All files except labeled.txt are written atomically: after a kill, each is the old or the new one.
 """
 
 import argparse
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -27,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_held: TextIO | None = None  # labeled.txt of this process's run: open and locked until it ends
+_held: TextIO | None = None  # labeled.txt of this process's run, open and locked to the end
 
 
 # -------------------------------------------------------------------------------- which folder
@@ -40,41 +41,41 @@ def default_folder(args: argparse.Namespace) -> Path:
     return Path("runs") / f"{args.dataset}-{args.method}-{labels}-seed{args.seed}"
 
 
-def numbered(folder: Path) -> Iterator[Path]:
-    """The folder, then folder-2, folder-3, ..."""
-    yield folder
-    for i in range(2, 10_000):
-        yield folder.with_name(f"{folder.name}-{i}")
+def free_folder(folder: Path) -> Path:
+    """The first of folder, folder-2, folder-3, ... that does not exist."""
+    numbers = itertools.count(2)
+    path = folder
+    while path.exists():
+        path = folder.with_name(f"{folder.name}-{next(numbers)}")
+    return path
 
 
 def newest_folder(folder: Path) -> Path:
-    """The run last written to of the folder and its numbered successors."""
+    """Of the runs in folder, folder-2, folder-3, ... the one that was last written to."""
     names = re.compile(rf"{re.escape(folder.name)}(-\d+)?")
-    runs = [
-        path for path in folder.parent.glob("*/config.json") if names.fullmatch(path.parent.name)
-    ]
+    configs = folder.parent.glob("*/config.json")
+    runs = [config.parent for config in configs if names.fullmatch(config.parent.name)]
     need(runs, f"--resume: there is no run {folder}; name it with --out-dir")
 
-    def last_written(config: Path) -> float:
-        state = config.parent / "checkpoint" / "state.pt"
-        return max(file.stat().st_mtime for file in (config, state) if file.exists())
+    def last_written(run: Path) -> float:
+        files = run / "config.json", run / "checkpoint" / "state.pt"
+        return max(file.stat().st_mtime for file in files if file.exists())
 
-    return max(runs, key=last_written).parent
+    return max(runs, key=last_written)
 
 
 def choose_folder(args: argparse.Namespace, accelerator: Accelerator) -> Path:
-    """The run folder, the same on every process. Nothing is written yet."""
+    """The run folder, the same on every rank. Nothing is written yet."""
     choice = [None]
     if accelerator.is_main_process:
-        free = (path for path in numbered(default_folder(args)) if not path.exists())
-        folder = Path(args.out_dir) if args.out_dir else next(free)
+        folder = Path(args.out_dir) if args.out_dir else free_folder(default_folder(args))
         choice = [str(folder)]
         try:
             if args.resume:
                 hold(folder)
             else:
                 check_new_folder(folder)
-        except UserError as error:  # every process raises it, so that none waits for another
+        except UserError as error:  # every rank raises it, so that none waits for another
             choice = [error]
     broadcast_object_list(choice)
     if isinstance(choice[0], UserError):
@@ -83,7 +84,7 @@ def choose_folder(args: argparse.Namespace, accelerator: Accelerator) -> Path:
 
 
 def check_new_folder(folder: Path) -> None:
-    """UserError where a new run cannot begin in the folder."""
+    """UserError if a new run cannot use the folder."""
     need_utf8(folder)
     need(not folder.exists() or folder.is_dir(), f"--out-dir {folder}: is a file, not a folder")
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -96,8 +97,8 @@ def check_new_folder(folder: Path) -> None:
 
 
 def hold(folder: Path, names: str | None = None) -> None:
-    """Keep other runs out of the folder while this process lives. names: the content of labeled.txt
-    in a new run; without it a run is resumed. UserError where another run has the folder."""
+    """Lock the run folder for the life of this process; UserError if another process has it.
+    names: the content of a new run's labeled.txt; None: the run is resumed."""
     global _held
     path, new = folder / "labeled.txt", names is not None
     try:
@@ -105,7 +106,7 @@ def hold(folder: Path, names: str | None = None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         if _held:
             _held.close()
-        # "x": of two new runs one gets the folder; NFS requires a writable file for the lock
+        # "x": only one of two new runs gets the folder; on NFS a lock requires a writable file
         _held = open(path, "x" if new else "r+", encoding="utf-8")  # noqa: SIM115
         lock(_held)
         if new:
@@ -121,14 +122,13 @@ def hold(folder: Path, names: str | None = None) -> None:
 
 
 def lock(file: TextIO) -> None:
-    """Lock an open file until it is closed; BlockingIOError where another process has locked it."""
+    """Lock an open file until it is closed; BlockingIOError if another process has locked it."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # a file system without locks
-        return
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            raise  # any other: a file system without locks
 
 
 # ------------------------------------------------------------------------------------- config
@@ -145,28 +145,31 @@ def is_text(value) -> bool:
 
 
 def is_finite(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9  # NaN is not
+    return type(value) in (int, float) and abs(value) < 1e9  # False for NaN
 
 
 count = integer(1, 2**16)
+NAME = (is_text, "a name")
+SIZE = (list_of(count, 2), "[height, width]")
+COUNT = (count, "an integer above 0")
 # The entries of config.json that are read; those of OPTIONAL may be null or missing
 FIELDS = {
     "classes": (list_of(is_text), "a list of names"),
     "palette": (list_of(list_of(integer(0, 255), 3)), "a list of colours"),
-    "crop_size": (list_of(count, 2), "[height, width]"),
+    "crop_size": SIZE,
     "model.num_classes": (integer(1, 255), "the number of classes"),
-    "arguments.dataset": (is_text, "a name"),
-    "arguments.script": (is_text, "a name"),
+    "arguments.dataset": NAME,
+    "arguments.script": NAME,
 }
 OPTIONAL = {
-    "size": (list_of(count, 2), "[height, width]"),
-    "arguments.max_size": (count, "an integer above 0"),
-    "model.backbone": (is_text, "a name"),
-    "model.rep_dim": (count, "an integer above 0"),
-    "model.output_stride": (count, "an integer above 0"),
-    "model.decoder_stride": (count, "an integer above 0"),
-    "model.channels": (count, "an integer above 0"),
-    "model.low_channels": (count, "an integer above 0"),
+    "size": SIZE,
+    "arguments.max_size": COUNT,
+    "model.backbone": NAME,
+    "model.rep_dim": COUNT,
+    "model.output_stride": COUNT,
+    "model.decoder_stride": COUNT,
+    "model.channels": COUNT,
+    "model.low_channels": COUNT,
     "model.aspp_rates": (list_of(count, 3), "three integers above 0"),
     "model.mean": (list_of(is_finite, 3), "three numbers"),
     "model.std": (list_of(lambda v: is_finite(v) and v > 0, 3), "three numbers above 0"),
@@ -174,7 +177,7 @@ OPTIONAL = {
 
 
 def check_config(config) -> None:
-    """ValueError that names the entry of config.json that is not what FIELDS describes."""
+    """ValueError that names the first entry of config.json that breaks FIELDS or OPTIONAL."""
     for name, (check, kind) in (FIELDS | OPTIONAL).items():
         value = config
         for key in name.split("."):
@@ -187,7 +190,7 @@ def check_config(config) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a run; UserError where it is missing or damaged."""
+    """config.json of a run; UserError if it is missing or damaged."""
     need(folder.is_dir(), f"{folder}: no such run folder")
     path = folder / "config.json"
     need(path.exists(), f"{folder}: is not a run folder (it has no config.json)")
@@ -195,7 +198,7 @@ def read_config(folder: Path) -> dict:
 
 
 def read_json(path: Path, check: Callable):
-    """The content of a JSON file; UserError where it is damaged or `check` raises ValueError."""
+    """The content of a JSON file; UserError if it is damaged or `check` raises ValueError."""
     try:
         content = json.loads(path.read_bytes())
         check(content)
@@ -207,9 +210,9 @@ def read_json(path: Path, check: Callable):
 
 
 def check_history(history) -> None:
-    """ValueError where history.json is not a list of validations."""
-    good = list_of(lambda entry: isinstance(entry, dict) and isinstance(entry.get("miou"), float))
-    if not good(history):
+    """ValueError if history.json is not a list of validations."""
+    check = list_of(lambda entry: isinstance(entry, dict) and isinstance(entry.get("miou"), float))
+    if not check(history):
         raise ValueError("must be a list of validations")
 
 
@@ -217,7 +220,7 @@ def best_miou(folder: Path) -> float | None:
     """The validation mIoU of a run's model.safetensors, in 0 .. 1; None where there is none."""
     path = folder / "history.json"
     history = read_json(path, check_history) if path.is_file() else []
-    # the last one kept: earlier ones may have been better, but their weights were lost
+    # the last one: earlier ones may have been better, but then their weights were lost
     kept = [entry["miou"] for entry in history if entry.get("kept")]
     return kept[-1] if kept else None
 
@@ -235,7 +238,7 @@ def write_weights(folder: Path, model: nn.Module) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; UserError where it is missing or damaged."""
+    """The tensors of a safetensors file; UserError if it is missing or damaged."""
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -246,8 +249,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], origin) -> None:
-    """Load all weights into the model; UserError where names or shapes differ, or a value is NaN
-    or infinite; `origin` is their name in the message."""
+    """Load all weights into the model; UserError if names or shapes differ, or a value is NaN or
+    infinite. `origin` names the weights in the message."""
     own = model.state_dict()
     odd = [
         f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}"
@@ -268,13 +271,14 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], origin) -> None:
 
 # --------------------------------------------------------------------------- state to resume from
 def write_torch(path: Path, content) -> None:
-    buffer = io.BytesIO()  # in memory first: torch's own writer hides what the disk says
+    """Write a file of torch.save atomically."""
+    buffer = io.BytesIO()  # in memory first: torch's own writer hides the disk's error
     torch.save(content, buffer)
     write(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def read_torch(path: Path):
-    """torch.load without unpickling code; UserError for a damaged file or one that holds more than
+    """torch.load that runs no code of the file; UserError if it is damaged or holds more than
     tensors and plain values."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -282,7 +286,7 @@ def read_torch(path: Path):
         raise UserError(f"{path}: no such file") from None
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # the unpickler and the zip reader raise many kinds
+    except Exception as error:  # the unpickler and the zip reader raise many types
         raise UserError(
             f"{path}: is damaged or holds more than plain tensors, so it is not loaded "
             f"({type(error).__name__})"
@@ -290,7 +294,7 @@ def read_torch(path: Path):
 
 
 def save_state(folder: Path, record, **parts) -> None:
-    """Write checkpoint/state.pt: the record's entries and the state of every part (None: unused).
+    """Write checkpoint/state.pt: the state of the record and of every part (None: not in use).
 
     It holds no random state: every draw is a function of (seed, step)."""
     state = {name: part.state_dict() if part else None for name, part in parts.items()}
@@ -302,18 +306,20 @@ def save_state(folder: Path, record, **parts) -> None:
 
 def load_state(folder: Path) -> dict | None:
     """What save_state wrote, or None for a run that ended before its first checkpoint."""
-    path, anew = folder / "checkpoint" / "state.pt", f"start a new run with --init-from {folder}"
+    path = folder / "checkpoint" / "state.pt"
     for name in ("config.json", "history.json", "model.safetensors", "checkpoint/state.pt"):
-        file = folder / name  # a run that is killed while it writes leaves .NAME.PID.part
+        file = folder / name  # a run that was killed while writing leaves .NAME.PID.part
         for partial in file.parent.glob(f".{file.name}.[0-9]*.part"):
-            partial.unlink(missing_ok=True)  # every process tries
-    if path.exists():
-        try:
+            partial.unlink(missing_ok=True)  # another rank may be first
+    has_checkpoint = read_config(folder).get("has_checkpoint")
+    try:
+        if path.exists():
             return read_torch(path)
-        except UserError as error:
-            raise UserError(f"{error}; restore it, or {anew}") from None
-    lost = read_config(folder).get("has_checkpoint")
-    need(not lost, f"{path}: missing checkpoint; restore it, or {anew}")
+        need(not has_checkpoint, f"{path}: missing checkpoint")
+    except UserError as error:
+        raise UserError(
+            f"{error}; restore it, or start a new run with --init-from {folder}"
+        ) from None
     return None
 
 

@@ -29,15 +29,15 @@ def predict_probabilities(
     flip: bool = False,
     window: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Class probabilities [B, C, H, W] (float32) of images [B, 3, H, W] in 0 .. 1: the mean over
-    the scales and, with `flip`, the mirrored images; with `window`, over tiles of that size that
-    overlap by a third."""
+    """Class probabilities [B, C, H, W] (float32) of images [B, 3, H, W] in 0 .. 1, averaged over
+    the scales and, with `flip`, the mirrored images; with `window` also over tiles of that size
+    (height, width) that overlap by a third."""
     height, width = images.shape[-2:]
     total = 0.0
     for scale in scales:
         scaled = images
         if scale != 1:
-            # a backbone halves 32 pixels five times, see Segmenter.network_size
+            # a backbone halves the sides five times, see Segmenter.network_size
             size = [max(min(32, side), round(side * scale)) for side in (height, width)]
             scaled = F.interpolate(images, size=size, mode="bilinear", antialias=True)
         total = total + windowed(model, scaled, window, (height, width))
@@ -47,8 +47,7 @@ def predict_probabilities(
 
 
 def windowed(model: nn.Module, x: Tensor, window: tuple[int, int] | None, size) -> Tensor:
-    """Probabilities of images in one piece or, with `window`, from overlapping tiles, averaged
-    where they overlap; brought to `size`."""
+    """Probabilities of images at `size`; with `window`, the average of overlapping tiles."""
     if not window:
         return upsample(model(x)[0].float(), size).softmax(dim=1)
     height, width = x.shape[-2:]
@@ -66,7 +65,7 @@ def windowed(model: nn.Module, x: Tensor, window: tuple[int, int] | None, size) 
 
 
 def tile_starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin so that they cover the length and overlap by at least a third."""
+    """The starts of tiles that cover the length and overlap by at least a third."""
     if length <= tile:
         return [0]
     number = 1 + math.ceil((length - tile) / max(1, tile - math.ceil(tile / 3)))
@@ -86,8 +85,8 @@ def predict_images(
     [B, 3, H, W].
 
     The network sees them at `size`, in overlapping tiles if that is larger than a tile. The
-    probabilities are brought back to H and W a strip at a time, so the memory depends on the tile
-    and hardly on the image. `options` are those of predict_probabilities."""
+    probabilities are resized to H and W in strips, so the memory depends on the tile, hardly on the
+    image. `options`: those of predict_probabilities."""
     shape = (len(images), *images.shape[-2:])
     label, confidence = np.empty(shape, np.uint8), np.empty(shape, np.float32)
     for rows, columns, prob in predict_strips(model, images, size, tile, device, **options):
@@ -113,12 +112,12 @@ def predict_strips(
     small = torch.stack([resize_image(image, size) for image in images])
     tiles = itertools.product(split(size[0], height, tile), split(size[1], width, tile))
     for (top, bottom, y), (left, right, x) in tiles:
-        if not y or not x:  # the image is so much smaller than `size` that no pixel falls here
+        if not y or not x:  # an image much smaller than `size` may have no pixel here
             continue
         crop = to_float(small[..., top:bottom, left:right], device)
         prob = predict_probabilities(model, crop, **options)  # [B, C, h, w]
         prob = prob.to(cpu_for_mps(prob.device))
-        # a strip fits into a CPU's cache; on a GPU few large operations are faster
+        # on a CPU a strip fits into the cache; on a GPU few large operations are faster
         values = 2**20 if prob.device.type == "cpu" else 2**26
         step = max(1, values // (prob.shape[0] * prob.shape[1] * len(x)))
         for strip in (y[i : i + step] for i in range(0, len(y), step)):
@@ -127,13 +126,13 @@ def predict_strips(
 
 
 def split(length: int, original: int, tile: int) -> list[tuple[int, int, range]]:
-    """Tiles that cover a length: where each starts and stops, and which pixels of the original
-    length are taken from it. Neighbours meet in the middle of their overlap, so a pixel is seen
-    with a sixth of a tile around it."""
+    """Tiles that cover a length: (start, stop, pixels of the original length that it provides).
+    Neighbours meet in the middle of their overlap, so a pixel has at least a sixth of a tile around
+    it."""
     tile = min(tile, length)
     starts = tile_starts(length, tile)
     middles = [(left + tile + right) / 2 for left, right in itertools.pairwise(starts)]
-    # the first pixel whose centre lies behind each border
+    # the first pixel whose centre is beyond each border
     edges = [math.ceil(at * original / length - 0.5) for at in (0, *middles, length)]
     pixels = [range(*pair) for pair in itertools.pairwise(edges)]
     return [(start, start + tile, taken) for start, taken in zip(starts, pixels, strict=True)]
@@ -145,9 +144,9 @@ def resample(
     scale: tuple[float, float],
     start: tuple[int, int],
 ) -> Tensor:
-    """Values of prob [B, C, h, w] under the centres of rows and columns of an image of another
-    size, bilinear. `scale`: height and width of such a pixel in those of prob; `start`: where prob
-    begins, at its own scale."""
+    """Bilinear values of prob [B, C, h, w] at the centres of `pixels` (rows, columns) of an image
+    of another size. `scale`: size (y, x) of such a pixel in pixels of prob; `start`: (top, left) of
+    prob, in its own pixels."""
     if scale == (1, 1):
         y, x = (slice(p.start - s, p.stop - s) for p, s in zip(pixels, start, strict=True))
         return prob[..., y, x]
@@ -165,7 +164,7 @@ def resample(
 class Metrics:
     """Counts of a segmentation, summed over images: the confusion matrix and, per class, the
     overlap of boundary regions (Cheng et al. 2021: the pixels of a mask within 2 % of the image
-    diagonal of its contour). Pixels that are not labelled are left out of both masks."""
+    diagonal of its contour). Unlabelled pixels are left out of both masks."""
 
     def __init__(self, num_classes: int, device="cpu"):
         self.num_classes = num_classes
@@ -191,8 +190,8 @@ class Metrics:
         self.boundary[2] += count(torch.where(prediction_edge, prediction, n), n + 1)[:-1]
 
     def results(self) -> dict:
-        """Plain numbers: miou, accuracy, boundary_iou, and lists per class: None for a class that
-        is neither in the truth nor in the prediction; the means leave it out."""
+        """miou, accuracy, boundary_iou, and lists per class. A class that is neither in the truth
+        nor in the prediction is None; the means leave it out."""
         both = self.confusion.diag()
         union = self.confusion.sum(0) + self.confusion.sum(1) - both
         iou = ratios(both, union)
@@ -222,8 +221,7 @@ def count(index: Tensor, length: int) -> Tensor:
 
 def boundary_region(label: Tensor, distance: int) -> Tensor:
     """[B, H, W] bool: the pixels within `distance` (Chebyshev) of another class or of the image's
-    edge. A pixel is inside if the largest and the smallest label around it agree, so two poolings
-    serve all classes at once."""
+    edge: those for which the largest and the smallest label around them differ."""
     x = F.pad(label[:, None].float(), [distance] * 4, value=-1.0)
     size = 2 * distance + 1
 
@@ -242,15 +240,15 @@ def evaluate(
     progress: str = "",
     **prediction,
 ) -> tuple[dict, Tensor]:
-    """Results (see Metrics) and confusion matrix of a model in eval mode on this process's loader,
-    summed over the processes. `prediction`: options of predict_probabilities. The model must not be
-    wrapped for distributed training: processes may have different numbers of batches."""
+    """Results (see Metrics) and confusion matrix of a model in eval mode, summed over the ranks,
+    each with its own loader. `prediction`: options of predict_probabilities. The model must not be
+    wrapped for distributed training, since ranks may have different numbers of batches."""
     training = model.training
     model.eval()
     # bincount takes seconds with mps, or fails (ultralytics/ultralytics 26239)
     device = cpu_for_mps(accelerator.device)
     metrics = Metrics(num_classes, device)
-    # None: shown only on a terminal
+    # None: only on a terminal
     silent = None if progress and accelerator.is_main_process else True
     bar = tqdm(loader, desc=progress, unit="batch", leave=False, disable=silent)
     for images, label, sizes in bar:

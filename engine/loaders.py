@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,30 +22,25 @@ from inputs.source import Sample, Source, is_sparse
 from inputs.transforms import random_scale_crop, reflect_pad
 
 POLL = 5  # seconds between two checks that the loader processes are alive
-# PyTorch's messages, by version, where a process was killed or shared memory is full
+# PyTorch's messages (they differ by version) if a process was killed or shared memory is full
 LOST = re.compile(
     r"exited unexpectedly|shared memory\(shm\)|unable to (write|mmap|resize).* file <"
 )
 
 
 # ------------------------------------------------------------------------------------------- images
+@dataclass
 class TrainingCrops(Dataset):
-    """Random scale and crop of image and label at training resolution, optionally with most of the
-    label hidden. An item is a pure function of its key (index, seed of its draws), in any
-    process."""
+    """Random scale and crop of image and label at training resolution; with `label_ratio`, only a
+    few pixels keep their label. An item is a pure function of its key (index, seed of its draws),
+    in any process."""
 
-    def __init__(
-        self,
-        source: Source,
-        samples: list[Sample],
-        crop: tuple[int, int],
-        scale: tuple[float, float],
-        label_ratio: str | None = None,
-        seed: int = 0,
-    ):
-        self.source, self.samples = source, samples
-        self.crop, self.scale = crop, scale
-        self.label_ratio, self.seed = label_ratio, seed
+    source: Source
+    samples: list[Sample]
+    crop: tuple[int, int]
+    scale: tuple[float, float]
+    label_ratio: str | None = None
+    seed: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -62,11 +58,13 @@ class TrainingCrops(Dataset):
         return *random_scale_crop(image, [(label, IGNORE, sparse)], *view), index
 
 
+@dataclass
 class EvaluationImages(Dataset):
     """Whole images with their labels, padded where the data set's protocol requires it."""
 
-    def __init__(self, source: Source, samples: list[Sample], full_resolution: bool = False):
-        self.source, self.samples, self.full_resolution = source, samples, full_resolution
+    source: Source
+    samples: list[Sample]
+    full_resolution: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -85,25 +83,21 @@ class EvaluationImages(Dataset):
 
 
 # -------------------------------------------------------------------------------------------- order
+@dataclass
 class StepSampler:
     """Batches of (index, seed) for TrainingCrops, one per micro-step from `start` to `stop` (see
-    `training_loader`): images drawn with replacement, as a pure function of (seed, stream,
-    micro-step). Every rank draws the same global batch and takes its share, so the order survives
-    a crash and does not depend on the number of loader processes."""
+    `training_loader`). `length` images are drawn with replacement, as a pure function of (seed,
+    stream, micro-step). Every rank draws the same global batch and takes its share, so the order
+    survives a crash and does not depend on the number of loader processes."""
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        start: int,
-        stop: int,
-        seed: int,
-        stream: int,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.length, self.batch_size, self.start, self.stop = length, batch_size, start, stop
-        self.seed, self.stream, self.rank, self.world = seed, stream, rank, world
+    length: int
+    batch_size: int
+    start: int
+    stop: int
+    seed: int
+    stream: int
+    rank: int = 0
+    world: int = 1
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -121,9 +115,9 @@ class StepSampler:
 
 
 class PassSampler:
-    """Batches of indices for EvaluationImages: every image once over all ranks, then again from the
-    first, endlessly. So one iterator serves all validations in the same order, and the first images
-    of a validation are read before it begins."""
+    """Batches of indices for EvaluationImages: every image once over all ranks, then all over
+    again, endlessly. One iterator serves all validations in the same order, and the first images of
+    a validation are read before it begins."""
 
     start = 0
 
@@ -144,12 +138,12 @@ class PassSampler:
 
 # ------------------------------------------------------------------------------------------ loading
 class Loader:
-    """Batches of a data set in the sampler's order, read by `num_workers` processes (0: by us).
+    """Batches of a data set in the sampler's order, read by `num_workers` processes (0: this one).
 
     The processes start once, in `start` or the first iteration, and live as long as the loader. An
-    iteration takes len(sampler) batches and leaves the iterator where it is. Raises UserError, one
-    line, when nothing arrives for `processes.LIMIT` seconds, when a loader process was killed, or
-    when no shared memory is left for a batch."""
+    iteration takes len(sampler) batches; the next one continues after them. UserError if nothing
+    arrives for `processes.LIMIT` seconds, a loader process was killed, or no shared memory is left
+    for a batch."""
 
     def __init__(self, name: str, dataset: Dataset, sampler, num_workers: int, pin_memory: bool):
         self.name, self.dataset, self.sampler, self.iterator = name, dataset, sampler, None
@@ -206,7 +200,7 @@ class Loader:
                 )
 
     def describe(self, number: int) -> str:
-        """The loader, and the images of a batch: they follow from its number."""
+        """The loader, the number of a batch and its images."""
         keys = self.sampler.batch(number)
         indices = [key[0] if isinstance(key, tuple) else key for key in keys]
         images = dict.fromkeys(self.dataset.samples[index].image for index in indices)
@@ -214,9 +208,9 @@ class Loader:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether a loader process was killed or found no shared memory. DataLoader has no class for
-    it; when a process dies while a batch is fetched, the connection breaks. Errors that a process
-    itself raises arrive with its traceback."""
+    """Whether a loader process was killed or found no shared memory. DataLoader has no exception
+    class for this, and the connection breaks if a process dies while a batch is fetched. Errors
+    that the process itself raises contain its traceback."""
     broken = isinstance(error, ConnectionError | EOFError)
     own = "in DataLoader worker process" in str(error)
     return (broken and not own) or bool(LOST.search(str(error)))
@@ -224,8 +218,8 @@ def is_lost(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def without_main_script():
-    """Hide the main script from multiprocessing. Each process it starts would import the script
-    again, and with it timm and Accelerate: 200 MB and seconds that loader processes do not need."""
+    """Hide the main script from multiprocessing. Otherwise each loader process would import it, and
+    with it timm and Accelerate: seconds and 200 MB for nothing."""
     main = sys.modules["__main__"].__dict__
     file = main.pop("__file__", None)
     try:
@@ -235,6 +229,7 @@ def without_main_script():
             main["__file__"] = file
 
 
+# ------------------------------------------------------------------------------ loaders of a run
 def training_loader(
     name: str,
     source: Source,
@@ -247,8 +242,8 @@ def training_loader(
     scale: tuple[float, float],
 ) -> Loader:
     """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index [B]) of `batch_size` images
-    per process, for the steps from `start` on; each takes `gradient_accumulation_steps` micro-steps
-    of one batch. Loaders of one run differ in `stream`, the source of their draws."""
+    per process, one for each of the `gradient_accumulation_steps` micro-steps of every step from
+    `start` on. Loaders of one run differ in `stream`, which seeds their draws."""
     crop, scale = tuple(args.crop_size), tuple(scale)
     crops = TrainingCrops(source, samples, crop, scale, args.label_ratio, args.seed)
     micro_steps = accelerator.gradient_accumulation_steps
@@ -275,7 +270,7 @@ def evaluation_loader(
     full_resolution: bool = False,
 ) -> Loader:
     """Batches (image uint8 [B, 3, H, W], label uint8 [B, H, W], size [B, 2]): every image exactly
-    once over all processes. A batch has several images only if all have the same size."""
+    once over all ranks. A batch has several images only if all images have the same size."""
     images = EvaluationImages(source, samples, full_resolution)
     batch_size = batch_size if source.one_size(full_resolution) else 1
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -286,5 +281,5 @@ def evaluation_loader(
 
 def validation_loader(args, source: Source, accelerator) -> Loader:
     """The validation images of a run, read by at most two processes."""
-    batch_size = 50 if source.name == "street" else 4  # street scenes are small
+    batch_size = 50 if source.name == "street" else 4  # images of street are small
     return evaluation_loader(source, source.val, batch_size, min(2, args.num_workers), accelerator)

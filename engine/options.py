@@ -1,4 +1,4 @@
-"""The command line: the options of the scripts, as --help prints them, and the arguments of a run.
+"""The command line: the options of the scripts, and the arguments of a run that they make.
 
 A training script takes `training_parser`, adds its own options and calls `parse`, which fills in
 the recipe's defaults or, with --resume, the options of the run.
@@ -19,12 +19,12 @@ from inputs.labels import RATIOS
 
 Recipes = dict[str, dict]  # data set -> the defaults of the training options
 
-# ViTs take AdamW, with other rates than SGD, and when pretrained a fortieth of it for the backbone.
-# Published for DINOv2 backbones (UniMatch V2, Yang et al. 2024), not measured here.
+# ViTs use AdamW; the backbone of a pretrained one learns at a fortieth of the rate. Published for
+# DINOv2 backbones (UniMatch V2, Yang et al. 2024), not measured here.
 ADAMW = dict(optimizer="adamw", lr=2e-4, weight_decay=0.01)
 VIT_LR_SCALE = 1 / 40
 
-# Options that may change on --resume, since they do not change the result.
+# Options that may differ on --resume, since they do not change the result
 HARMLESS = {"resume", "out_dir", "num_workers", "save_interval", "log_interval", "log_with"}
 HARMLESS |= {"cache_dir", "data_path", "init_from"}
 NOT_GIVEN = object()
@@ -32,7 +32,7 @@ STEPS = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes raise UserError: one line and exit status 2, as everywhere."""
+    """Raises UserError (one line, exit status 2) where argparse would print the usage."""
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the options)")
@@ -50,7 +50,7 @@ def new_parser(description: str | None, **options) -> Parser:
 
 
 def number(kind, low, high, what: str):
-    """A type for argparse: a number of `kind` from low to high, called `what` in messages."""
+    """A type for argparse: `kind` (int or float) from low to high; messages call it `what`."""
 
     def convert(text: str):
         try:
@@ -66,7 +66,7 @@ def number(kind, low, high, what: str):
 
 positive = number(int, 1, 10**9, "an integer from 1 to 10^9")
 natural = number(int, 0, 10**9, "an integer from 0 to 10^9")
-size = number(int, 1, 2**16, "an integer from 1 to 65536")  # more would only fill the memory
+size = number(int, 1, 2**16, "an integer from 1 to 65536")  # more would fill the memory
 positive_float = number(float, 1e-12, 1e12, "a number above 0")
 non_negative = number(float, 0, 1e12, "a number of 0 or more")
 share = number(float, 0, 1, "a number from 0 to 1")
@@ -87,7 +87,7 @@ def training_parser(description: str | None, script: str, recipes: Recipes) -> P
 
 
 def describe_recipes(recipes: Recipes) -> dict[str, str]:
-    """The recipes' values of each option, for its help: "camvid: 2000, others: 40000"."""
+    """Each option's values in the recipes, for its help: "camvid: 2000, others: 40000"."""
 
     def text(value) -> str:
         if isinstance(value, bool):
@@ -133,7 +133,7 @@ def add_data_options(add, datasets: list[str], by: dict[str, str]) -> None:
         "--seed",
         type=natural,
         default=0,
-        help="of all randomness: split, weights, order, augmentation, sampling",
+        help="seed of split, weights, order, augmentation and sampling",
     )
     add(
         "--crop-size",
@@ -186,21 +186,21 @@ def add_model_options(add, by: dict[str, str]) -> None:
     add(
         "--backbone-weights",
         metavar="FILE",
-        help="load the pretrained weights from a file, for machines without internet: safetensors, "
-        "or a state dict or checkpoint of torch.save (tensors and plain values only)",
+        help="read the pretrained weights from a file (without internet): safetensors, or a state "
+        "dict or checkpoint of torch.save (tensors and plain values only)",
     )
     add(
         "--decoder-stride",
         type=int,
         choices=[2, 4, 8],
-        help=f"of the decoder and the representation ({by['decoder_stride']})",
+        help=f"stride of the decoder and the representation ({by['decoder_stride']})",
     )
     add("--channels", type=size, help=f"width of the ASPP and the heads ({by['channels']})")
     add(
         "--init-from",
         metavar="RUN",
-        help="start from the weights of a finished run of the same classes, by default at a tenth "
-        "of the learning rate; model.safetensors keeps them until others are better",
+        help="start from the weights of a run with the same classes, by default at a tenth of the "
+        "learning rate; model.safetensors keeps them until better ones are found",
     )
 
 
@@ -261,7 +261,7 @@ def add_optimisation_options(add, by: dict[str, str]) -> None:
         help="SGD with Nesterov momentum 0.9, or AdamW with betas 0.9, 0.999 (ViTs: adamw, others: "
         "sgd)",
     )
-    add("--weight-decay", type=non_negative, help="of all weights (sgd: 0.0005, adamw: 0.01)")
+    add("--weight-decay", type=non_negative, help="for all weights (sgd: 0.0005, adamw: 0.01)")
     add(
         "--backbone-lr-scale",
         type=non_negative,
@@ -285,16 +285,8 @@ def add_run_options(add, by: dict[str, str]) -> None:
         help="resume the run in --out-dir (default: the newest run of the default name) with its "
         "own options",
     )
-    add(
-        "--val-interval",
-        type=positive,
-        help=f"steps between validations ({by['val_interval']})",
-    )
-    add(
-        "--save-interval",
-        type=positive,
-        help="steps between checkpoints (default: the validation interval)",
-    )
+    add("--val-interval", type=positive, help=f"steps between validations ({by['val_interval']})")
+    add("--save-interval", type=positive, help="steps between checkpoints (as --val-interval)")
     add("--log-interval", type=positive, default=25, help="steps between points of the curves")
     add(
         "--log-with",
@@ -324,13 +316,13 @@ def add_prediction_options(add) -> None:
 
 # ----------------------------------------------------------------- from options to arguments
 def parse(parser: Parser, recipes: Recipes, argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, with the recipe's defaults filled in; with --resume those of the run. Raises
-    UserError for options that exclude each other and for values that cannot work."""
+    """The options, with the recipe's defaults filled in; with --resume those of the run. UserError
+    for options that exclude each other and for values that cannot work."""
     defaults = vars(parser.parse_args([]))
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, NOT_GIVEN))))
     given = {name: value for name, value in given.items() if value is not NOT_GIVEN}
-    empty = next((name for name, value in given.items() if value == ""), None)
-    need(empty is None, f"--{str(empty).replace('_', '-')}: the value is empty")
+    for name, value in given.items():
+        need(value != "", f"{flag(name)}: the value is empty")
     args = argparse.Namespace(**{**defaults, **given})
     trackers = ["none", *map(str, get_available_trackers())]
     need(
@@ -350,7 +342,7 @@ def parse(parser: Parser, recipes: Recipes, argv: list[str] | None = None) -> ar
 
 
 def resumed_options(args: argparse.Namespace, given: dict) -> argparse.Namespace:
-    """The options of the run that --resume names; UserError where a given one differs."""
+    """The options of the run to resume; UserError if a given one differs."""
     folder = Path(args.out_dir) if args.out_dir else newest_folder(default_folder(args))
     saved = read_config(folder)["arguments"]
     need(
@@ -358,7 +350,7 @@ def resumed_options(args: argparse.Namespace, given: dict) -> argparse.Namespace
         f"--resume: {folder} is a run of {saved['script']}, not of {args.script}",
     )
     differing = [
-        f"--{name.replace('_', '-')} {value} (the run: {saved.get(name)})"
+        f"{flag(name)} {value} (the run: {saved.get(name)})"
         for name, value in given.items()
         if name not in HARMLESS and both_sides(saved.get(name)) != both_sides(value)
     ]
@@ -370,12 +362,12 @@ def resumed_options(args: argparse.Namespace, given: dict) -> argparse.Namespace
     harmless = {name: value for name, value in given.items() if name in HARMLESS}
     resumed = {**vars(args), **saved, **harmless, "out_dir": str(folder), "resume": True}
     if resumed.get("labeled_list") and (folder / "labeled.txt").exists():
-        resumed["labeled_list"] = str(folder / "labeled.txt")  # the list itself may have moved
+        resumed["labeled_list"] = str(folder / "labeled.txt")  # the user's list may have moved
     return argparse.Namespace(**resumed)
 
 
 def fill_from_recipe(args: argparse.Namespace, recipes: Recipes) -> None:
-    """Give every option that was not given the recipe's value."""
+    """Set the options that were not given to the recipe's values."""
     start = read_config(Path(args.init_from)) if args.init_from else None
     seen = {}  # --init-from: the sizes at which the run saw its images
     if start and not args.recipe:
@@ -412,8 +404,8 @@ def fill_from_recipe(args: argparse.Namespace, recipes: Recipes) -> None:
 
 
 def fit_vit(args: argparse.Namespace, recipe: dict) -> None:
-    """The recipe's optimiser, rates and crop for the backbone: a ViT takes AdamW, and crops that
-    its patches tile. timm's names of ViTs hold the patch size."""
+    """Change the recipe for a ViT: AdamW, its rates, and a crop of whole patches. timm's names of
+    ViTs contain the patch size."""
     patch = re.search(r"patch(\d+)", args.backbone or recipe["backbone"])
     patch = int(patch[1]) if patch else 0
     if args.optimizer == "adamw" or (patch and not args.optimizer):
@@ -426,7 +418,7 @@ def fit_vit(args: argparse.Namespace, recipe: dict) -> None:
 
 
 def scale_learning_rate(args: argparse.Namespace, recipe_batch: int) -> None:
-    """The recipe's rate in proportion to the images of an optimiser step."""
+    """Scale the recipe's learning rate by the images of an optimiser step, and print a note."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     batch = args.batch_size * processes * args.gradient_accumulation_steps
     if batch != recipe_batch:
@@ -438,7 +430,7 @@ def scale_learning_rate(args: argparse.Namespace, recipe_batch: int) -> None:
 
 
 def check_values(args: argparse.Namespace) -> None:
-    """UserError for values with which a run cannot work."""
+    """UserError for values that cannot work."""
     need(
         len(args.crop_size) <= 2 and min(args.crop_size) >= 32,
         f"--crop-size {' '.join(map(str, args.crop_size))}: one side or height and width, 32 or "
@@ -450,7 +442,7 @@ def check_values(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         need(
             value is None or value >= 2,
-            f"--{name.replace('_', '-')} {value}: batch norm and mixing need two images or more",
+            f"{flag(name)} {value}: batch norm and mixing require at least two images",
         )
     warmup = getattr(args, "warmup_iterations", 0)
     need(
@@ -461,7 +453,7 @@ def check_values(args: argparse.Namespace) -> None:
 
 
 def check_combinations(args: argparse.Namespace, given: dict) -> None:
-    """UserError for options that exclude each other; a note on options without effect."""
+    """UserError for options that exclude each other; a note for options without effect."""
     need(
         not args.reco or args.model == "reconet",
         "--reco needs the representation head: use --model reconet (deeplabv3plus has none)",
@@ -485,19 +477,22 @@ def check_combinations(args: argparse.Namespace, given: dict) -> None:
         if args.script == "train_semi.py":  # the strong threshold also weights unlabelled images
             needed.pop("reco_threshold", None)
     if args.init_from:
-        needed |= dict.fromkeys(
-            ("pretrained", "backbone_weights"), "a new network (no --init-from)"
-        )
+        needed["pretrained"] = needed["backbone_weights"] = "a new network (no --init-from)"
     if args.dataset == "street":
         needed["cache_dir"] = "a data set on disk"
     if args.dataset != "folder":
         needed["max_size"] = "--dataset folder"
     for name in given.keys() & needed.keys():
-        note(f"--{name.replace('_', '-')} has no effect without {needed[name]}")
+        note(f"{flag(name)} has no effect without {needed[name]}")
+
+
+def flag(name: str) -> str:
+    """weight_decay -> --weight-decay"""
+    return "--" + name.replace("_", "-")
 
 
 def both_sides(value):
-    """One side, as --crop-size allows, is both height and width; other values stay."""
+    """[N], which --crop-size allows, becomes [N, N]; other values stay."""
     return list(value) * 2 if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
 

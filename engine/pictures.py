@@ -1,5 +1,4 @@
-"""The images in TensorBoard: labels and predictions, heat maps, and representations for its
-projector."""
+"""The images in TensorBoard: labels, predictions, heat maps, representations (projector)."""
 
 import torch
 from matplotlib.figure import Figure
@@ -11,7 +10,7 @@ from engine.evaluation import predict_probabilities
 from inputs.files import IGNORE
 from inputs.transforms import shrink_known, to_float
 
-MOST_NAMED = 40  # classes of a heat map with names and numbers; each takes time and memory
+MOST_NAMED = 40  # a heat map of more classes has no names and numbers: they take time and memory
 
 
 def paint(label: Tensor, palette) -> Tensor:
@@ -22,7 +21,7 @@ def paint(label: Tensor, palette) -> Tensor:
 
 
 def draw_grid(rows: list[list[Tensor]], titles: list[str]) -> Figure:
-    """Rows of images under their titles: uint8 [3, H, W], or maps [H, W] in 0 .. 1, drawn grey."""
+    """Rows of images under titles: uint8 [3, H, W], or grey maps [H, W] in 0 .. 1."""
     figure = Figure(figsize=(2.4 * len(titles), 2.0 * len(rows) + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for i, row in enumerate(rows):
@@ -36,8 +35,8 @@ def draw_grid(rows: list[list[Tensor]], titles: list[str]) -> Figure:
 
 
 def heat_map(matrix: Tensor, names: list[str]) -> Figure:
-    """A matrix in 0 .. 1; up to MOST_NAMED classes with their names on both sides and the values in
-    per cent."""
+    """A matrix in 0 .. 1; up to MOST_NAMED classes with names on both sides and values in per
+    cent."""
     side = 1.6 + 0.34 * min(len(names), MOST_NAMED)
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()
@@ -55,13 +54,13 @@ def heat_map(matrix: Tensor, names: list[str]) -> Figure:
 
 
 def spread_indices(length: int, number: int) -> list[int]:
-    """At most `number` indices from the first to the last, evenly spread."""
+    """At most `number` evenly spaced indices from the first to the last."""
     return torch.linspace(0, length - 1, min(number, length)).long().tolist()
 
 
 @torch.no_grad()
 def draw_validation(network: nn.Module, images, palette, device) -> Figure:
-    """Four images with truth, prediction and confidence, always the same ones. `images`: a data set
+    """The same four images each time, with truth, prediction and confidence. `images`: a data set
     of (image uint8 [3, H, W], label uint8 [H, W], size [2])."""
     network.eval()
     rows = []
@@ -102,8 +101,7 @@ def draw_training(to_plot: dict, palette) -> Figure:
 
 
 def query_mask(queries: Tensor, rep_size, b: int, size) -> Tensor:
-    """[1, H, W] bool: the pixels of the queries in image b of a batch; `queries` index into B*h*w,
-    -1: none."""
+    """[1, H, W] bool: the query pixels of image b. `queries`: indices into B*h*w; -1: none."""
     h, w = rep_size
     picked = torch.zeros(h * w)
     mine = queries.flatten() - b * h * w
@@ -112,7 +110,7 @@ def query_mask(queries: Tensor, rep_size, b: int, size) -> Tensor:
 
 
 def draw_confusion(confusion: Tensor, names: list[str]) -> Figure:
-    """Heat map of a confusion matrix [truth, prediction], rows in shares of the class's pixels."""
+    """Heat map of a confusion matrix [truth, prediction], each row divided by its sum."""
     counts = confusion.float()
     return heat_map(counts / counts.sum(1, keepdim=True).clamp_min(1), names)
 

@@ -3,7 +3,7 @@
 A run has one process per device (a rank), started by the user or by a launcher (torchrun,
 accelerate launch). Each of its loaders has `--num-workers` processes that read images, started by a
 fork server of the rank (see `start_server`); on Windows and macOS by the rank itself. A process
-ends when the one that started it ends, for whatever reason.
+ends when the one that started it ends, even by SIGKILL.
 """
 
 import atexit
@@ -29,16 +29,16 @@ from tqdm import tqdm
 
 from inputs.errors import UserError, first_line
 
-# Seconds that a loader may deliver nothing before the run ends. The environment may override it:
-# more for a file system that sleeps longer, less for the tests.
+# Seconds that a loader may deliver nothing before the run ends. RECO_TIMEOUT overrides it: more
+# for a slow file system, less for the tests
 LIMIT = float(os.environ.get("RECO_TIMEOUT", 600))
 # Collectives wait longer, so that the rank whose loader is silent reports it first
 COLLECTIVE_LIMIT = timedelta(seconds=1.2 * LIMIT)
-GRACE = 10  # seconds that a launcher has to end the other ranks after one has failed
+GRACE = 10  # seconds a launcher has to end the other ranks after one has failed
 
 # Windows has no fork, and on macOS system libraries may crash after one
 START_METHOD = "spawn" if sys.platform in ("win32", "darwin") else "forkserver"
-# The packages that engine/loaders.py needs: each loader process imports what is missing here
+# What engine/loaders.py imports; each loader process imports by itself what is missing here
 PRELOADED = ["torch.utils.data", "PIL.Image", "tqdm"]
 STOP_SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
@@ -50,22 +50,20 @@ _own_errors = False  # see speak_for_itself
 # ------------------------------------------------------------------------------- loader processes
 def start_server() -> None:
     """Start the process that loader processes are forked from. Call it early: it imports packages
-    while this process does other work. A second call does nothing. Raises UserError where the
-    server cannot start.
+    while this process does other work. A second call does nothing. UserError if it cannot start.
 
-    Loader processes are not forked from the training process, because that one has threads
-    (autograd, gloo, pin memory, TensorBoard). A child forked while another thread holds a lock of
-    the interpreter waits for that lock forever (pytorch/pytorch 130610, 138957). The fork server
-    has one thread that runs Python, and it does nothing but import."""
+    The training process itself is not forked, because it has threads (autograd, gloo, pin memory,
+    TensorBoard): a child forked while another thread holds a lock of the interpreter waits for that
+    lock forever (pytorch/pytorch 130610, 138957). The server has one thread, which only imports."""
     if START_METHOD != "forkserver":
         return
     forkserver.set_forkserver_preload(PRELOADED)
-    # the resource tracker frees the semaphores of a killed rank; without a warning
+    # no warning when the resource tracker frees the semaphores of a killed rank
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     atexit.unregister(end_workers)
     atexit.register(end_workers)
-    # `timeout`, batch systems and terminals signal all processes of a job, but the rank alone
-    # decides what follows. The server inherits that these signals are ignored
+    # `timeout`, batch systems and terminals signal all processes of a job, but only the rank acts
+    # on it. The server inherits that these signals are ignored
     before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
         forkserver.ensure_running()
@@ -80,30 +78,29 @@ def start_server() -> None:
 
 
 def start_worker(_: int) -> None:
-    """Runs in a new loader process: leave signals to the rank, which kills its loader processes
-    (`end_workers`), and end with the rank however that ends."""
+    """Runs first in each loader process: ignore signals, since the rank kills its loader processes
+    (`end_workers`), and end when the rank ends, for whatever reason."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_rank, daemon=True).start()
 
 
 def _end_with_rank() -> None:
-    # The system sees the fork server as our parent, and that one lives as long as we hold its pipe.
-    # `join` waits for the rank, on a pipe that only the rank holds; also while a read is stuck
+    # To the system the fork server is our parent, and it lives while we hold its pipe. `join` waits
+    # for the rank, on a pipe that only the rank holds; this works even while a read is stuck
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def ignore_ends_of_workers() -> None:
-    """Where loader processes are our own children, PyTorch's SIGCHLD handler would raise an error
-    at any place when one ends, even by us. `Loader.take` notices without it."""
+    """Remove PyTorch's SIGCHLD handler: if loader processes are our own children, it raises an
+    error anywhere when one ends, even if we end it. `Loader.take` notices without it."""
     if START_METHOD == "spawn" and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def end_workers() -> None:
-    """Kill the loader processes. Multiprocessing would send SIGTERM and wait, even for stuck
-    ones."""
+    """Kill the loader processes; multiprocessing would send SIGTERM and wait for stuck ones."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -111,8 +108,8 @@ def end_workers() -> None:
 
 # ------------------------------------------------------------------------------------------ ranks
 def end_with_launcher() -> None:
-    """On Linux, end this process when the launcher that started it is gone, even by SIGKILL.
-    Without a launcher nothing changes: a run that a shell started with nohup outlives the shell."""
+    """On Linux, end this process when its launcher ends, even by SIGKILL. Without a launcher
+    nothing changes: a run started with nohup outlives its shell."""
     if sys.platform != "linux":
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends after its ranks, unless it is killed
@@ -146,8 +143,8 @@ class Stop:
 
 class Output:
     """Standard output or standard error, which may be closed (`>&-`) or lose its reader (`| tee`
-    that ended, a closed terminal). What nobody can read is dropped, and a run in its steps stops,
-    as by SIGTERM. Characters that a terminal or a log cannot show are written as \\x.."""
+    that ended, a closed terminal). Then the text is dropped, and a run that has begun its steps
+    stops as by SIGTERM. Characters that the encoding lacks are written as \\x.."""
 
     def __init__(self, stream: "TextIO | Output | None"):
         self.stream = stream.stream if isinstance(stream, Output) else stream
@@ -181,15 +178,15 @@ class Output:
 
 # ------------------------------------------------------------------------------------ ends of a run
 def speak_for_itself() -> None:
-    """From now on each rank reports its own errors. Until the loaders exist all ranks meet the same
-    ones, and the first rank of a machine reports them."""
+    """From now on each rank reports its own errors. Before the loaders exist all ranks meet the
+    same ones, and only the first rank of a machine reports them."""
     global _own_errors
     _own_errors = True
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Run a script. Errors that users can fix are one line on standard error and exit status 2, as
-    are full memory, a failed torch.compile, and ranks that lost each other."""
+    """Run a script. Errors that users can fix, full memory, a failed torch.compile and ranks that
+    lost each other are one line on standard error and exit status 2."""
     end_with_launcher()
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     noise = ".*(lr_scheduler|Detected call of|pin_memory|Grad strides|barrier|broadcast_buffers).*"
@@ -216,8 +213,8 @@ def launch(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         status = 130
     if several():
-        # At once: other ranks may wait in a collective until the launcher ends them, and an orderly
-        # end could wait forever, since the network still exists (see end_collectives)
+        # End at once: other ranks may wait in a collective until the launcher ends them, and an
+        # orderly end could wait forever, since the network still exists (see end_collectives)
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
@@ -241,12 +238,12 @@ def run_to_end(main: Callable[[], None]) -> int | str | None:
 
 
 def end_collectives() -> None:
-    """Destroy the process group, once nothing else holds it.
+    """Destroy the process group after everything else that refers to it.
 
-    The network in DistributedDataParallel holds it, too. If that is the last to let go, the group
-    waits for gloo's threads with the interpreter locked, one of them waits for the interpreter to
-    free its tensors, and the process never ends (pytorch/pytorch 56297). If the group itself is the
-    last, the interpreter is free meanwhile (pytorch/pytorch 154976)."""
+    The network in DistributedDataParallel refers to it, too. If the network is freed last, the
+    group waits for gloo's threads while it holds the interpreter's lock, one of them waits for that
+    lock to free its tensors, and the process never ends (pytorch/pytorch 56297). `destroy` itself
+    releases the lock while it waits (pytorch/pytorch 154976)."""
     from torch import distributed  # every script has imported it by now
 
     if distributed.is_available() and distributed.is_initialized():
@@ -264,14 +261,14 @@ def report(line: str) -> None:
 
 
 def last_line(error: Exception) -> str:
-    """The line that says what is wrong. An error of a loader process contains a traceback, whose
-    last line begins with the name of the class."""
+    """The last line of an error. That of a loader process is a traceback, whose last line begins
+    with the name of the class."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^(\w+\.)*\w*Error: ", "", lines[-1])
 
 
 def explain(error: Exception) -> str | None:
-    """One line on an error of the machine or of the launch; None for any other error."""
+    """One line for an error of the machine or of the launch; None for any other error."""
     text = str(error)
     if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", text):
         wanted = re.search(r"ried to allocate ([\d.]+ \w+)", text)
@@ -284,8 +281,8 @@ def explain(error: Exception) -> str | None:
         return f"torch.compile failed ({first_line(error)}); train without --compile"
     lost = r"gloo|nccl|timed? ?out|closed by peer|reset by peer|broken pipe"
     if several() and isinstance(error, RuntimeError) and re.search(lost, text, re.IGNORECASE):
-        # Most often another rank has failed, and the line of that one is enough: its launcher ends
-        # us meanwhile. On another machine, or without a launcher, nobody else reports it here
+        # Usually another rank has failed and has reported it, and the launcher ends us during this
+        # sleep. On another machine, or without a launcher, nobody else reports it here
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE)
         return (

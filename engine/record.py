@@ -25,8 +25,8 @@ from inputs.source import Source
 
 
 class Record:
-    """What a run remembers between steps (step, curves, history, best validation), and where it
-    shows it: progress bar, tracker, TensorBoard, the run folder. It trains nothing."""
+    """What a run keeps from step to step (step, curves, history, best validation), and where it
+    reports it: progress bar, tracker, TensorBoard, the run folder. It trains nothing."""
 
     def __init__(
         self,
@@ -44,16 +44,15 @@ class Record:
         self.pending, self.since = [], time.monotonic()  # (step, names, values) of the curves
         self.bar = self.writer = None
         self.stop = Stop()
-        self.control = None  # exchanges signals between processes without the device
+        self.control = None  # the group of all ranks on the CPU, for signals
         if accelerator.num_processes > 1:
             limit = COLLECTIVE_LIMIT
             self.control = torch.distributed.new_group(backend="gloo", timeout=limit)
 
-    # ---------------------------------------------------------------------------- before the steps
+    # ----------------------------------------------------------------------------- before the steps
     def restore(self, state: dict | None, **parts) -> None:
-        """With --resume: check that data and launch are the run's, and load the state of record and
-        parts (model, optimizer, ...), which `after_step` saves. state: None before the first
-        checkpoint."""
+        """Name the parts (model, optimizer, ...) that `after_step` saves. With --resume: check that
+        data and launch are the run's, and load the state (None: the run has no checkpoint yet)."""
         self.parts = parts
         if self.args.resume:
             check_resumed(self.accelerator, self.folder, self.source, self.split)
@@ -61,53 +60,44 @@ class Record:
             checkpoint.restore(state, self, **parts)
             state.clear()  # it is as large as the networks and the optimiser
 
+    def load_state_dict(self, state: dict) -> None:
+        """What `state_dict` returned."""
+        self.step, self.best = state["step"], state["best"]
+        self.history, self.skipped = state["history"], state["skipped"]
+        missing = [not (self.folder / "model.safetensors").exists()]
+        broadcast_object_list(missing)  # all ranks act on the first one's answer
+        if missing[0]:
+            self.best = None  # `start` validates, which writes the weights
+
     def start(self, loaders: list[Loader], val_loader: Loader, **networks: nn.Module) -> None:
-        """Describe the run in one line and start the loader processes. networks are evaluated; the
-        first one is the model to keep. Nothing is written yet."""
+        """Describe the run in one line and start the loader processes. `networks` are evaluated;
+        the first one is the model to keep. Only a first validation (see below) writes files."""
         self.loaders, self.val_loader, self.networks = loaders, val_loader, networks
         if not self.args.resume:
             self.config["data"] = fingerprint(self.source, self.split)
-        line = start_line(
-            self.args,
-            self.accelerator,
-            self.folder,
-            self.source,
-            self.config,
-            self.split,
-            loaders,
-        )
+        run = self.args, self.accelerator, self.folder, self.source, self.config, self.split
+        line = start_line(*run, loaders)
         if self.args.resume:
             line += f" | resumes at step {self.step} of {self.args.iterations}"
         self.say(line)
         speak_for_itself()
         val_loader.start()  # now, so that no validation starts a process
-        # with --init-from: its weights are the ones to beat; on --resume: model.safetensors is lost
+        # --init-from: validate now, its weights are the ones to beat; --resume: model.safetensors
+        # is missing
         if self.best is None and (self.args.init_from or self.history):
             self.validate()
 
     def batches(self, loaders: list[Loader]) -> Iterator[tuple[int, int, tuple]]:
-        """(step, micro-step, one batch of each loader) of the steps that remain. An optimiser step
-        has `gradient_accumulation_steps` micro-steps."""
+        """Yield (step, micro-step, one batch of each loader) for the remaining steps. A step has
+        `gradient_accumulation_steps` micro-steps."""
         micro_steps = self.accelerator.gradient_accumulation_steps
         start = self.step * micro_steps
         for micro_step, batches in enumerate(zip(*loaders, strict=True), start):
             yield micro_step // micro_steps, micro_step, batches
 
-    def state_dict(self) -> dict:
-        names = ("step", "best", "history", "skipped")
-        return {name: getattr(self, name) for name in names}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.step, self.best = state["step"], state["best"]
-        self.history, self.skipped = state["history"], state["skipped"]
-        lost = [not (self.folder / "model.safetensors").exists()]
-        broadcast_object_list(lost)  # one answer, since all processes act on it
-        if lost[0]:
-            self.best = None  # `start` validates, which writes them
-
     def open(self) -> None:
-        """Open run folder, bar and tracker: after the first step (--init-from: before its first
-        validation), so that bad input found before leaves nothing behind."""
+        """Open run folder, bar and tracker. This waits for the first step or validation, so that
+        bad input found before leaves no files."""
         args = self.args
         if self.main and not args.resume:
             self.write_config()
@@ -122,7 +112,7 @@ class Record:
             mininterval=0.5 if terminal else 30,
         )
         self.accelerator.project_configuration.logging_dir = str(self.folder)
-        if args.log_with != "tensorboard":  # none: Accelerate has no tracker then
+        if args.log_with != "tensorboard":
             self.accelerator.init_trackers("reco", config=self.plain_arguments())
             return
         options = {"tensorboard": {"purge_step": self.step + 1}}
@@ -131,34 +121,20 @@ class Record:
             self.writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
 
     def write_config(self) -> None:
-        """config.json and labeled.txt"""
+        """Write labeled.txt, which claims the folder, and config.json."""
         checkpoint.hold(self.folder, "".join(f"{s.name}\n" for s in self.split.labelled))
         self.config["arguments"] = {**vars(self.args), **launch_settings(self.accelerator)}
         write_json(self.folder / "config.json", self.config)
 
-    def plain_arguments(self) -> dict:
-        """What trackers take: no lists, no None."""
-        plain = (int, float, str, bool)
-        return {k: v for k, v in vars(self.args).items() if isinstance(v, plain)}
-
-    def say(self, text: str) -> None:
-        if self.main:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def log(self, values: dict) -> None:
-        self.accelerator.log(values, step=self.step)
-
-    def is_due(self, interval: int) -> bool:
-        return self.step % interval == 0 or self.step == self.args.iterations
-
-    # ------------------------------------------------------------------------------ every step
+    # ----------------------------------------------------------------------------------- every step
     def after_step(self, curves: dict[str, Tensor], to_plot: dict) -> None:
-        """Whatever follows a step, when it is due: curves, validation, images, the checkpoint, and
-        the end of a run that was asked to stop. See `train_step` for the arguments."""
+        """After every micro-step, with what `train_step` returns: keep the curves. After a step,
+        whatever is due: log, validate, plot, save, stop."""
         if not self.bar:
             self.open()
-        self.add(curves | reco_curves(to_plot["reco"]))
+        curves = curves | reco_curves(to_plot["reco"])
+        values = torch.stack([value.detach() for value in curves.values()])
+        self.pending.append((self.step, tuple(curves), values))  # on the device until they are due
         if not self.accelerator.sync_gradients:  # more micro-steps follow
             return
         self.step += 1
@@ -175,17 +151,23 @@ class Record:
             self.check_weights()
             if self.main:
                 checkpoint.save_state(self.folder, self, **self.parts)
-        self.since += time.monotonic() - entered  # images/s is that of training
+        self.since += time.monotonic() - entered  # exclude this time from images/s
         if stop and self.step < self.args.iterations:
             self.leave(stop)
 
-    def add(self, curves: dict[str, Tensor]) -> None:
-        """Keep the values, on the device, until the logging interval."""
-        values = torch.stack([value.detach() for value in curves.values()])
-        self.pending.append((self.step, tuple(curves), values))
+    def is_due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.args.iterations
+
+    def stop_requested(self) -> int:
+        """The signal that asks for a stop, or 0; the same on every rank."""
+        if not self.control:
+            return self.stop.signal
+        flag = torch.tensor(self.stop.signal)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.control)
+        return int(flag)
 
     def log_means(self) -> None:
-        """Log the means since the last time, and show the losses in the bar."""
+        """Log the means since the last call, and show the losses in the bar."""
         self.check_losses()
         columns = {}  # curve -> its values; the names change after the warm-up
         for _, names, values in self.pending:
@@ -207,24 +189,55 @@ class Record:
         speed = {"learning rate": rate, "images per second": images / seconds}
         self.log({**means, **speed, **skipped})
 
-    def stop_requested(self) -> int:
-        """The signal that asks for a stop, or 0: the same on every process."""
-        if not self.control:
-            return self.stop.signal
-        flag = torch.tensor(self.stop.signal)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.control)
-        return int(flag)
+    def check_losses(self) -> None:
+        """UserError if a loss was not finite since the last call of `log_means`. The batch is
+        written to the run folder."""
+        if not self.pending:
+            return
+        finite = torch.stack([values.isfinite().all() for _, _, values in self.pending]).tolist()
+        if all(finite):
+            return
+        step, names, values = self.pending[finite.index(False)]
+        pairs = zip(names, values.tolist(), strict=True)
+        losses = ", ".join(f"{name} {value:g}" for name, value in pairs)
+        # a batch is a function of (seed, step), so it can be read again
+        k = self.accelerator.gradient_accumulation_steps
+        micro_steps = range(step * k, (step + 1) * k)
+        batches = [batch_of_step(loader, m) for m in micro_steps for loader in self.loaders]
+        name = f"nonfinite-step{step}-process{self.accelerator.process_index}.pt"
+        checkpoint.write_torch(self.folder / name, batches)
+        raise UserError(
+            f"the loss was not finite at step {step} ({losses}); the last good checkpoint "
+            f"is kept, the batch is in {self.folder / name}. A smaller --lr, or bf16 instead of "
+            "fp16, usually helps"
+        )
 
-    # ------------------------------------------------------------------- validation and saving
+    def check_weights(self) -> None:
+        """UserError if a loss or a weight is not finite, before it gets into a checkpoint."""
+        self.check_losses()
+        norms = torch.stack(torch._foreach_norm(list(self.parts["model"].parameters())))
+        need(
+            torch.isfinite(norms).all(),  # the same on every process
+            f"the weights were not finite after step {self.step - 1}, though the losses were; the "
+            "last good checkpoint is kept. A smaller --lr usually helps",
+        )
+
+    def state_dict(self) -> dict:
+        """The entries of the checkpoint that `load_state_dict` restores."""
+        return {name: getattr(self, name) for name in ("step", "best", "history", "skipped")}
+
+    # ----------------------------------------------------------------------------------- validation
     def validate(self) -> None:
-        """Evaluate the networks on every validation image. The first one is reported, and kept if
-        it is the best so far."""
+        """Evaluate the networks on all validation images; keep the first one if it is the best so
+        far."""
         if not self.bar:
             self.open()
         self.check_losses()
         entry = {"step": self.step}
         for name, network in self.networks.items():
-            self.share_buffers(network)
+            if self.control:  # evaluate what is saved: rank 0's batch-norm statistics
+                for buffer in network.buffers():
+                    torch.distributed.broadcast(buffer, 0)
             results, confusion = evaluate(
                 network,
                 self.val_loader,
@@ -235,25 +248,26 @@ class Record:
             entry |= {f"{name} {key}": results[key] for key in ("miou", "boundary_iou", "accuracy")}
             if "miou" not in entry:
                 entry |= {**results, "confusion": confusion.tolist()}
-        better = self.best is None or entry["miou"] > self.best["miou"]
-        entry["kept"] = better
+        entry["kept"] = self.best is None or entry["miou"] > self.best["miou"]
         self.history.append(entry)
-        if better:
+        if entry["kept"]:
             self.best = entry
         if self.main:
-            if better:
+            if entry["kept"]:
                 checkpoint.write_weights(self.folder, next(iter(self.networks.values())))
             write_json(self.folder / "history.json", self.history)
-        self.report_validation(entry, list(self.networks)[1:], better)
+        self.report_validation(entry)
 
-    def report_validation(self, entry: dict, others: list[str], better: bool) -> None:
-        """A validation's line on the terminal and its points in the curves."""
+    def report_validation(self, entry: dict) -> None:
+        """Print a validation as one line (*: kept) and log it."""
         line = (
             f"step {self.step}: validation mIoU {100 * entry['miou']:.2f}, boundary IoU "
             f"{100 * entry['boundary_iou']:.2f}, pixel accuracy {100 * entry['accuracy']:.2f}"
         )
-        line += "".join(f", {name} {100 * entry[f'{name} miou']:.2f}" for name in others)
-        self.say(line + (" *" if better else ""))
+        line += "".join(
+            f", {name} {100 * entry[f'{name} miou']:.2f}" for name in list(self.networks)[1:]
+        )
+        self.say(line + (" *" if entry["kept"] else ""))
         curves = {k: v for k, v in entry.items() if isinstance(v, float) and " " in k}
         iou = zip(self.source.classes, entry["iou"], strict=True)
         self.log({f"validation/{name}": value for name, value in curves.items()})
@@ -278,48 +292,9 @@ class Record:
         for name, figure in figures.items():
             self.writer.add_figure(name, figure, self.step)
 
-    def share_buffers(self, network: nn.Module) -> None:
-        """Copy the main process's batch-norm statistics to all, so that all evaluate the network
-        that is saved."""
-        if self.control:
-            for buffer in network.buffers():
-                torch.distributed.broadcast(buffer, 0)
-
-    def check_losses(self) -> None:
-        """UserError if a loss was not finite; its batch is written to the run folder."""
-        if not self.pending:
-            return
-        finite = torch.stack([values.isfinite().all() for _, _, values in self.pending]).tolist()
-        if all(finite):
-            return
-        step, names, values = self.pending[finite.index(False)]
-        pairs = zip(names, values.tolist(), strict=True)
-        losses = ", ".join(f"{name} {value:g}" for name, value in pairs)
-        # a batch is a function of (seed, step), so the offending one can be read again
-        k = self.accelerator.gradient_accumulation_steps
-        micro_steps = range(step * k, (step + 1) * k)
-        batches = [batch_of_step(loader, m) for m in micro_steps for loader in self.loaders]
-        name = f"nonfinite-step{step}-process{self.accelerator.process_index}.pt"
-        checkpoint.write_torch(self.folder / name, batches)
-        raise UserError(
-            f"the loss was not finite at step {step} ({losses}); the last good checkpoint "
-            f"is kept, the batch is in {self.folder / name}. A smaller --lr, or bf16 instead of "
-            "fp16, usually helps"
-        )
-
-    def check_weights(self) -> None:
-        """UserError where weights are not finite: they would spoil the checkpoint."""
-        self.check_losses()
-        norms = torch.stack(torch._foreach_norm(list(self.parts["model"].parameters())))
-        need(
-            torch.isfinite(norms).all(),  # the same on every process
-            f"the weights were not finite after step {self.step - 1}, though the losses were; the "
-            "last good checkpoint is kept. A smaller --lr usually helps",
-        )
-
-    # -------------------------------------------------------------------------------- the end
+    # -------------------------------------------------------------------------------------- the end
     def leave(self, signal: int) -> None:
-        """After a requested stop and the checkpoint: print how to resume, and exit."""
+        """End a run that was asked to stop, after its checkpoint: print how to resume, and exit."""
         self.bar.close()
         self.accelerator.wait_for_everyone()
         self.say(
@@ -330,7 +305,7 @@ class Record:
         sys.exit(128 + signal)
 
     def finish(self) -> None:
-        """Log the representations, print the table of the best validation and what to do next."""
+        """Log the representations, print the best validation and the command for predictions."""
         if self.bar:
             self.bar.close()
         if self.writer:
@@ -350,10 +325,24 @@ class Record:
         self.close()
 
     def close(self) -> None:
-        """What Accelerate's end_training does, but for the process group: `launch` ends that, once
-        the network is gone."""
+        """Accelerate's end_training without the end of the process group: `launch` ends that after
+        the network is freed."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+    # ------------------------------------------------------------------------------ used throughout
+    def say(self, text: str) -> None:
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def log(self, values: dict) -> None:
+        self.accelerator.log(values, step=self.step)
+
+    def plain_arguments(self) -> dict:
+        """The options that trackers accept: no lists, no None."""
+        plain = (int, float, str, bool)
+        return {k: v for k, v in vars(self.args).items() if isinstance(v, plain)}
 
 
 class LogLines:
@@ -369,7 +358,7 @@ class LogLines:
 
 
 def reco_curves(stats: dict) -> dict[str, Tensor]:
-    """The curves of the contrast loss: its value, the classes present, the hard pixels."""
+    """The curves of ReCo: loss, classes present, hard pixels."""
     if not stats:
         return {}
     return {
@@ -380,5 +369,5 @@ def reco_curves(stats: dict) -> dict[str, Tensor]:
 
 
 def batch_of_step(loader, step: int) -> list[Tensor]:
-    """The batch that a training loader gives at a step, read once more."""
+    """The batch of a training loader at a micro-step, read once more."""
     return default_collate([loader.dataset[key] for key in loader.sampler.batch(step)])

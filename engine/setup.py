@@ -1,4 +1,4 @@
-"""Start of a run: device, optimiser, learning rate, seeds, and the line that describes it."""
+"""The start of a run: device, optimiser, learning rate, seeds, and the line that describes it."""
 
 import argparse
 import os
@@ -24,21 +24,22 @@ from inputs.source import Source
 
 
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerate with the run's precision, tracker and time limit for collectives."""
+    """Accelerate with the run's precision, tracker and time limit for collectives; UserError for a
+    missing file or a launch that cannot work."""
     for option in () if args.resume else ("labeled_list", "backbone_weights"):
-        path = getattr(args, option)  # it is read only after the data set
+        path = getattr(args, option)  # check it now: it is read after the data set
         need(
             path is None or Path(path).is_file(),
             f"--{option.replace('_', '-')} {path}: no such file",
         )
     if args.num_workers:
         start_server()
-    # a resumed run keeps its precision (the launcher says "no" by default);
+    # A resumed run keeps its precision unless the launcher sets one ("no" is its default);
     # check_resumed refuses another
-    unasked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
+    default_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no"
     try:
         accelerator = Accelerator(
-            mixed_precision=getattr(args, "mixed_precision", None) if unasked else None,
+            mixed_precision=getattr(args, "mixed_precision", None) if default_precision else None,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
             ),
@@ -46,9 +47,9 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
             project_dir=".",
             dynamo_backend="inductor" if args.compile else None,
             kwargs_handlers=[
-                # rank 0's batch-norm statistics are shared before a validation (record.py): shared
-                # at every forward, the second one would change what the first keeps for its
-                # gradient. Supervised warm-up steps do not use the representation
+                # No broadcast of batch-norm statistics at every forward: the second forward of a
+                # step would change what the first keeps for its gradient. record.py shares them
+                # before a validation. Supervised warm-up steps leave the representation unused
                 DistributedDataParallelKwargs(
                     broadcast_buffers=False,
                     find_unused_parameters=args.reco and getattr(args, "warmup_iterations", 0) > 0,
@@ -61,7 +62,14 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
             f"Accelerate's settings cannot work here ({first_line(error)}); change those of "
             "`accelerate config`, `accelerate launch` or the ACCELERATE_... variables"
         ) from None
-    device, processes = accelerator.device.type, accelerator.num_processes
+    check_launch(accelerator)
+    set_up_device(accelerator)
+    return accelerator
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """UserError for a launch that cannot work."""
+    processes = accelerator.num_processes
     launched = int(os.environ.get("WORLD_SIZE", 1))
     need(
         launched == processes,
@@ -73,27 +81,32 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         f"Accelerate's {accelerator.distributed_type.value} cannot work here; use MULTI_GPU",
     )
     need(
-        accelerator.mixed_precision != "fp16" or device != "cpu",
+        accelerator.mixed_precision != "fp16" or accelerator.device.type != "cpu",
         "mixed precision fp16 needs a GPU; on a CPU train with bf16 or without",
     )
-    # `accelerate launch` allows one thread where nobody said how many, plain python all
-    default = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if device == "cpu" and processes == 1 and default and os.environ.get("OMP_NUM_THREADS") == "1":
+
+
+def set_up_device(accelerator: Accelerator) -> None:
+    """Threads of a CPU, a note on Apple's GPUs, TF32 and cuDNN's autotuner."""
+    device = accelerator.device.type
+    # `accelerate launch` sets one thread if the user sets none; plain python uses all cores
+    one_thread = os.environ.get("OMP_NUM_THREADS") == "1"
+    by_accelerate = one_thread and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if device == "cpu" and accelerator.num_processes == 1 and by_accelerate:
         torch.set_num_threads(cores())
     if device == "mps":
         note(
-            "on Apple's GPU this was not tested; should it fail, or learn nothing, "
-            "ACCELERATE_USE_CPU=1 trains on the CPU"
+            "not tested on Apple's GPUs; if it fails or learns nothing, train on the CPU with "
+            "ACCELERATE_USE_CPU=1"
         )
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    return accelerator
 
 
 def new_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, as in the paper, or AdamW. The backbone's rate may be another
-    (`lr_scale` times the heads'); a frozen backbone is not the optimiser's."""
+    """SGD with Nesterov momentum, as in the paper, or AdamW. The backbone may have its own learning
+    rate (`lr_scale` times that of the heads); a frozen backbone (0) is left out."""
     groups = [{"params": list(model.parameters()), "lr_scale": 1.0}]
     if args.backbone_lr_scale != 1:
         own = list(model.backbone.parameters())
@@ -108,8 +121,8 @@ def new_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Opt
 
 
 def learning_rate(base: float, step: int, iterations: int) -> float:
-    """Polynomial decay of power 0.9 with a floor of 1e-6, or of a base below that; a function of
-    the step, so the number of processes does not change it."""
+    """Polynomial decay of power 0.9 with a floor of 1e-6 (a smaller base stays). It depends on the
+    step only, not on the number of processes."""
     return max(base * (1 - step / iterations) ** 0.9, min(base, 1e-6))
 
 
@@ -120,9 +133,9 @@ def start_step(
     step: int,
     micro_step: int,
 ) -> np.random.Generator:
-    """Set the learning rate of a step and the seed of a micro-step: all its draws are a function
-    of (seed, micro-step, process). torch is seeded for sampling and mixing; the generator that is
-    returned draws the augmentation."""
+    """Set the learning rate of a step and the seed of a micro-step. All draws are a function of
+    (seed, micro-step, rank): torch's generator for sampling and mixing, the returned one for
+    augmentation."""
     rate = learning_rate(args.lr, step, args.iterations)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
@@ -132,7 +145,7 @@ def start_step(
 
 
 def check_resumed(accelerator: Accelerator, folder: Path, source: Source, split: Split) -> None:
-    """UserError if processes, precision, classes or data are not those of the run."""
+    """UserError if processes, precision, classes or data differ from those of the run."""
     config = read_config(folder)
     saved = config["arguments"]
     differing = [
@@ -152,11 +165,9 @@ def check_resumed(accelerator: Accelerator, folder: Path, source: Source, split:
 
 
 def launch_settings(accelerator: Accelerator) -> dict:
-    """What the launcher decides and config.json keeps."""
-    return {
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-    }
+    """The launcher's settings, for config.json."""
+    precision = accelerator.mixed_precision
+    return {"processes": accelerator.num_processes, "mixed_precision": precision}
 
 
 def start_line(
@@ -168,7 +179,7 @@ def start_line(
     split: Split,
     loaders: list,
 ) -> str:
-    """Data, network, devices, global batch and learning rate of a run in one line."""
+    """Data, network, device, global batch and learning rate of a run in one line."""
     processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
     kind = ""
     if args.label_ratio:
@@ -204,7 +215,7 @@ def start_line(
 
 
 def resume_command(args: argparse.Namespace, folder: Path) -> str:
-    """The command that resumes the run, on as many processes of the same kind."""
+    """The command that resumes the run, on as many processes and the same kind of device."""
     options = f"--out-dir {shlex.quote(str(folder))} --resume"
     processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if processes > here:
