@@ -100,7 +100,7 @@ def inspect_label(source: Source, sample: Sample) -> dict:
         need(
             min(height, width) > 1,
             f"{sample.image}: is {stored[1]}x{stored[0]}, in training {width}x{height}; a side "
-            "requires at least two pixels",
+            "of one pixel is not enough",
         )
         rgb = files.to_rgb(image, sample.image)
         flat = int(rgb.max()) - int(rgb.min()) < FLAT

@@ -24,7 +24,7 @@ NPY_HEADER = 128  # bytes
 
 
 def is_sparse(label: Tensor) -> bool:
-    """Whether a label [H, W] covers so little of its image that it is probably points or strokes."""
+    """Whether a label [H, W] covers less than half of its image: points or strokes."""
     return (label != IGNORE).float().mean().item() < SPARSE
 
 
