@@ -364,8 +364,8 @@ def load(name: str | Path) -> Segmenter:
     weights = read_weights(file)
     try:
         model = Segmenter(config)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{path / 'config.json'}: {error}") from None
     except Exception as error:  # whatever timm and torch raise for the entries of a foreign file
         raise UserError(
             f"{path / 'config.json'}: describes a network that cannot be built "

@@ -317,6 +317,10 @@ def main() -> None:
     targets, out_dir = {}, Path(args.out_dir or ".")
     if args.paths:
         need(
+            out_dir.exists() or not out_dir.is_symlink(),
+            f"--out-dir {out_dir}: is a link that leads nowhere",
+        )
+        need(
             args.overwrite or not out_dir.is_dir() or not any(out_dir.iterdir()),
             f"--out-dir {out_dir}: is not empty; choose another, or add --overwrite to replace "
             "files of the same names",

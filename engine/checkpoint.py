@@ -227,6 +227,10 @@ def write_weights(folder: Path, model: nn.Module) -> None:
     """model.safetensors, the weights to use."""
     state = model.state_dict()
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    for name in state:  # the counts of batch norm, which training leaves out
+        if name.endswith("running_mean"):
+            count = name.replace("running_mean", "num_batches_tracked")
+            tensors.setdefault(count, torch.tensor(0))
     write(folder / "model.safetensors", lambda file: file.write(save(tensors)))
 
 
@@ -243,11 +247,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], origin) -> None:
     """Load all weights into the model; UserError where names or shapes differ, or a value is NaN
-    or infinite; `origin` is their name in the message. The counts of batch norm are left out."""
-    own, weights = (
-        {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-        for state in (model.state_dict(), weights)
-    )
+    or infinite; `origin` is their name in the message."""
+    own = model.state_dict()
     odd = [
         f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}"
         for name, value in weights.items()
@@ -260,7 +261,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], origin) -> None:
         f"{origin}: does not fit the network ({odd[0] if odd else ''}; {len(odd)} entries "
         "differ): another architecture or class count",
     )
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(weights)
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     need(not bad, f"{origin}: is damaged ({', '.join(bad[:1])} has values that are not finite)")
 

@@ -92,8 +92,8 @@ def insert(file, after: str, code: str) -> None:
 
 
 def test_another_mixing_and_another_loss(copy, tmp_path):
-    head = '"""[B, H, W] bool: True on the pixels that an image keeps."""\n'
-    insert(copy / "mixing.py", head, code_below("Another mixing", "python"))
+    branch = '    if strategy == "classmix":\n        return class_mask(labels)\n'
+    insert(copy / "mixing.py", branch, code_below("Another mixing", "python"))
     insert(copy / "mixing.py", "STRATEGIES = (", '"stripes", ')
     loss = code_below("Another loss", "python")
     loss = "".join(f"    {line}" for line in loss.splitlines(keepends=True))
