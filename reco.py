@@ -2,8 +2,8 @@
 Johns, Davison, "Bootstrapping Semantic Segmentation with Regional Contrast", ICLR 2022, arXiv
 2104.04465).
 
-With several processes each loss is that of the whole batch: the mean over the processes of what
-they return. All of them must call it; the collectives do not depend on what their labels hold.
+With several processes, the mean of what they return is the loss of the global batch. All must call
+it, whatever their labels hold, since the losses communicate.
 """
 
 import torch
@@ -29,10 +29,10 @@ def unsupervised_loss(
     """Cross-entropy with pseudo-labels, each image weighted by its share of confident pixels
     (paper, section 3.3).
 
-    logits [B, C, H, W]; target [B, H, W] int64, 255 = ignored; confidence [B, H, W]. The weight eta
-    of an image is its number of pixels of confidence >= strong_threshold / of pixels not ignored.
-    The loss is the mean, over all pixels of the batch with a positive cross-entropy, of eta times
-    the cross-entropy; 0 if there is no such pixel. Returns the loss and eta [B]."""
+    logits [B, C, H, W]; target [B, H, W] int64, 255 = ignored; confidence [B, H, W]. The loss is
+    the mean of eta * cross-entropy over the pixels of the batch whose cross-entropy is positive, 0
+    without any; eta [B] = pixels of confidence >= strong_threshold / pixels that are not ignored.
+    Returns both."""
     confident = (confidence >= strong_threshold).sum(dim=(1, 2))
     eta = confident / (target != IGNORE).sum(dim=(1, 2)).clamp_min(1)
     cross_entropy = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
@@ -41,7 +41,7 @@ def unsupervised_loss(
 
 
 def mean_count(mask: Tensor) -> Tensor:
-    """Number of True pixels, averaged over the processes; at least a thousandth."""
+    """Number of True pixels, on average over the processes; at least 0.001, to divide by."""
     count = mask.sum().float()
     return (add_up(count) / world_size()).clamp_min(1e-3)
 
@@ -66,21 +66,21 @@ def reco_loss(
 
     rep     [B, D, h, w] float: representations, the only input with a gradient
     label   [B, h, w] int64: class of each pixel; a label outside 0 .. C-1 is not valid
-    prob    [B, C, h, w] float: softmax probabilities of the student
-    valid   [B, h, w] bool: pixels that take part; V: the classes that have one
-    num_queries, num_negatives  queries Q of each class, negative keys N of each query
-    strong_threshold            pixels whose own class has a lower probability are hard
-    active_queries, active_keys ablation: False draws queries from all valid pixels, and the classes
-                                of the keys equally
-    return_stats  also return a dict: num_classes [] and num_hard [C], over all processes; queries
-                  [C, Q], pixels of this process; query_weight [C]; relation [C, C]
+    prob    [B, C, h, w] float: the student's softmax probabilities
+    valid   [B, h, w] bool: pixels that ReCo uses; V: the classes that have one
+    num_queries, num_negatives  Q queries of each class, N negative keys of each query
+    strong_threshold  a pixel is hard if its class has a lower probability
+    active_queries    False: queries from all valid pixels (ablation)
+    active_keys       False: keys from all other classes equally (ablation)
+    return_stats      also return a dict: num_classes [] and num_hard [C] over all processes,
+                      queries [C, Q] of this process, query_weight [C], relation [C, C]
 
-    Two liberties make it fast and steady; the expectation of loss and gradient is the paper's. The
-    queries of a class share their N negative keys, and are Q evenly spaced picks from its hard
-    pixels at a random offset. With several processes, prototypes, relations and keys come from
-    all, and queries from this one. Draws come from the global generator of rep's device; no shape
-    depends on values, so a GPU never waits. Returns a float32 scalar, 0 if |V| < 2. Raises
-    ValueError for shapes or types that do not fit."""
+    Two liberties reduce time and variance, with the paper's expected loss and gradient: the queries
+    of a class share their N negative keys, and they are Q evenly spaced hard pixels from a random
+    offset. With several processes, prototypes, relations and keys come from all, queries from this
+    one. Draws use the global generator of rep's device. No shape depends on values: there is no GPU
+    synchronisation. Returns a float32 scalar, 0 if |V| < 2. Raises ValueError for shapes or types
+    that do not fit."""
     check_inputs(rep, label, prob, valid)
     C, Q, N = prob.shape[1], num_queries, num_negatives
     with torch.autocast(rep.device.type, enabled=False):
@@ -88,25 +88,26 @@ def reco_loss(
         with torch.no_grad():
             threshold = strong_threshold if active_queries else torch.inf
             pixels = sort_pixels(label, prob, valid, threshold)
-            totals, before = count_pixels(*pixels[2:])  # [2, C] over all processes, of earlier ones
+            _, _, own_valid, own_hard = pixels
+            (num_valid, num_hard), (before, _) = count_pixels(own_valid, own_hard)  # [C] each
 
-            # 1. prototype of a class: the mean of rep over its valid pixels
+            # 1. prototype of each class: the mean of rep over its valid pixels
             classes = torch.arange(C, device=rep.device)[:, None, None]
             one_hot = valid[:, None] & (label[:, None] == classes)  # [B, C, h, w]
             total = torch.bmm(one_hot.flatten(2).float(), rows).sum(0)  # [C, D]
-            prototype = unit(add_up(total) / totals[0].clamp(min=1)[:, None])
+            prototype = unit(add_up(total) / num_valid.clamp(min=1)[:, None])
 
-            # 2. class relation: how similar the other classes are, row c for the keys of c
-            present = totals[0] > 0
+            # 2. class relation: row c says how often each other class gives a key of c
+            present = num_valid > 0
             relation = class_relation(prototype, present, temperature if active_keys else torch.inf)
 
-            # 3. what is drawn: queries [C, Q] and negative keys [C, N, D]
-            queries = draw_queries(pixels, Q)
-            negatives = draw_keys(rows, pixels, relation, totals[0], before[0], N)
+            # 3. draw the queries and the negative keys
+            queries = draw_queries(pixels, Q)  # [C, Q] indices of pixels
+            negatives = draw_keys(rows, pixels, relation, num_valid, before, N)  # [C, N, D]
 
-            # a process with a share of the hard pixels of a class speaks for that share
-            num_hard, num_classes = pixels[3], present.sum()
-            weight = world_size() * num_hard / totals[1].clamp(min=1) * (num_classes > 1)  # [C]
+            # a process counts for a class by its share of the hard pixels
+            num_classes = present.sum()
+            weight = world_size() * own_hard / num_hard.clamp(min=1) * (num_classes > 1)  # [C]
 
         # 4. cross-entropy of each query against [positive | negatives], index 0
         query = unit(take(rows, queries)) / temperature  # [C, Q, D]
@@ -117,7 +118,7 @@ def reco_loss(
         loss = (weight * losses).sum() / num_classes.clamp(min=1)
     if not return_stats:
         return loss
-    stats = dict(num_classes=num_classes, num_hard=totals[1], queries=queries)
+    stats = dict(num_classes=num_classes, num_hard=num_hard, queries=queries)
     return loss, stats | dict(query_weight=weight, relation=relation)
 
 
@@ -127,11 +128,9 @@ def check_inputs(rep: Tensor, label: Tensor, prob: Tensor, valid: Tensor) -> Non
     if rep.dim() != 4 or rep.numel() == 0 or not rep.is_floating_point():
         raise ValueError(f"rep must be float [B, D, h, w], got {rep.dtype} {list(rep.shape)}")
     shape = (len(rep), *rep.shape[2:])
-    for name, x, expected in (("label", label, torch.int64), ("valid", valid, torch.bool)):
-        if x.shape != shape or x.dtype != expected:
-            raise ValueError(
-                f"{name} must be {expected} {list(shape)}, got {x.dtype} {list(x.shape)}"
-            )
+    for name, x, dtype in (("label", label, torch.int64), ("valid", valid, torch.bool)):
+        if x.shape != shape or x.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype} {list(shape)}, got {x.dtype} {list(x.shape)}")
     if prob.dim() != 4 or (len(prob), *prob.shape[2:]) != shape:
         raise ValueError(f"prob must be [B, C, h, w] like {list(shape)}, got {list(prob.shape)}")
 
@@ -140,10 +139,9 @@ Pixels = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def sort_pixels(label: Tensor, prob: Tensor, valid: Tensor, strong_threshold: float) -> Pixels:
-    """The pixels by class, in one stable sort: [hard of 0 | easy of 0 | hard of 1 | ... | not
-    valid]. Every set of pixels is then a range of this order, and no shape depends on values.
-
-    Returns the order [B*h*w], and [C] each: where a class starts, its valid and its hard pixels."""
+    """Sort the pixels: [hard of 0 | easy of 0 | hard of 1 | ... | not valid]. Every set of pixels
+    is then a range. Returns their order [B*h*w], and for each class [C] where it starts, how many
+    valid and how many hard pixels it has."""
     C = prob.shape[1]
     valid, label = valid & (label >= 0) & (label < C), label.clamp(0, C - 1)
     easy = prob.gather(1, label[:, None])[:, 0].float() >= strong_threshold  # [B, h, w]
@@ -155,10 +153,8 @@ def sort_pixels(label: Tensor, prob: Tensor, valid: Tensor, strong_threshold: fl
 
 
 def class_relation(prototype: Tensor, present: Tensor, temperature: float) -> Tensor:
-    """Class relation graph: softmax over the other present classes of cosine / temperature.
-
-    prototype [C, D] unit vectors, present [C] bool -> [C, C], rows and columns of absent classes
-    0."""
+    """prototype [C, D] unit vectors, present [C] bool -> class relation graph [C, C]: softmax over
+    the other present classes of cosine / temperature; 0 for absent classes."""
     itself = torch.eye(len(present), dtype=torch.bool, device=present.device)
     other = present[:, None] & present & ~itself
     lowest = torch.finfo(torch.float32).min
@@ -167,7 +163,8 @@ def class_relation(prototype: Tensor, present: Tensor, temperature: float) -> Te
 
 
 def draw_queries(pixels: Pixels, number: int) -> Tensor:
-    """[C, number] hard pixels of each class, evenly spaced at a random offset; any if none is."""
+    """[C, number] hard pixels of each class, evenly spaced from a random offset. Without a hard
+    pixel: any pixels, which get weight 0."""
     order, start, _, num_hard = pixels
     offset = torch.rand(len(start), 1, device=order.device)
     u = (torch.arange(number, device=order.device) + offset) / number
@@ -178,9 +175,8 @@ def draw_queries(pixels: Pixels, number: int) -> Tensor:
 def draw_keys(
     rows: Tensor, pixels: Pixels, relation: Tensor, num_valid: Tensor, before: Tensor, number: int
 ) -> Tensor:
-    """[C, number, D] unit vectors: negative keys of each class. A draw is first a class, by its
-    relation, then one of its num_valid [C] valid pixels, of which `before` [C] are of earlier
-    processes."""
+    """[C, number, D] unit vectors: negative keys of each class. Draws a class by the relation, then
+    one of its num_valid [C] valid pixels, of which `before` [C] are on earlier processes."""
     order, start, own, _ = pixels
     u = torch.rand(2, len(start), number, device=order.device)
     if world_size() > 1:
@@ -190,7 +186,7 @@ def draw_keys(
     key_class = key_class.clamp(max=len(start) - 1)  # [C, number]
     pick = pick_one(u[1], num_valid[key_class]) - before[key_class]
     keys = take(rows, order[(start[key_class] + pick).clamp(0, len(order) - 1)])
-    if world_size() > 1:  # the owner of a pixel fills it in
+    if world_size() > 1:  # each process adds its own pixels
         owned = (pick >= 0) & (pick < own[key_class])
         keys = add_up(torch.where(owned[..., None], keys, 0))
     return unit(keys)
@@ -202,7 +198,7 @@ def pick_one(u: Tensor, number: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Vectors [..., D] at length 1; 0 and without gradient if too short to have a direction."""
+    """Vectors [..., D] scaled to length 1; those near 0 become 0, without gradient."""
     length = x.norm(dim=-1, keepdim=True)
     return x / length.masked_fill(length < 1e-8, torch.inf)
 
@@ -214,6 +210,7 @@ def take(rows: Tensor, pixel: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------- several processes
 def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -225,7 +222,7 @@ def add_up(x: Tensor) -> Tensor:
 
 
 def count_pixels(num_valid: Tensor, num_hard: Tensor) -> tuple[Tensor, Tensor]:
-    """Valid and hard pixels by class [2, C], of all processes and of those before this one."""
+    """Valid and hard pixels of each class [2, C]: over all processes, and over earlier ones."""
     rank = dist.get_rank() if world_size() > 1 else 0
     counts = num_valid.new_zeros(world_size(), 2, len(num_valid))
     counts[rank] = torch.stack([num_valid, num_hard])

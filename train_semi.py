@@ -3,11 +3,8 @@ partial labels.
 
     python train_semi.py --reco                          # street, 20 labelled images
     accelerate launch train_semi.py --reco
-    accelerate launch train_semi.py --dataset cityscapes --data-path dataset/cityscapes \\
-        --num-labeled 150 --val-interval 500 --model reconet --mixing-strategy classmix --reco
-    accelerate launch train_semi.py --dataset cityscapes --data-path dataset/cityscapes \\
-        --label-ratio p0 --seed 0 --val-interval 500 --model reconet --mixing-strategy classmix \\
-        --reco
+    accelerate launch train_semi.py --reco --dataset cityscapes --data-path DIR --num-labeled 150
+    accelerate launch train_semi.py --reco --dataset cityscapes --data-path DIR --label-ratio p0
 """
 
 import argparse
@@ -45,30 +42,18 @@ from reco import reco_loss, supervised_loss, unsupervised_loss
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(__doc__, "train_semi.py", RECIPES)
     add = parser.add_argument_group("mean teacher and mixing").add_argument
-    add(
-        "--mixing-strategy",
-        choices=STRATEGIES,
-        default="classmix",
-        help="how unlabelled images are mixed",
-    )
-    add(
-        "--weak-threshold",
-        type=share,
-        default=0.7,
-        help="ReCo uses pseudo-labels of at least this confidence",
-    )
+    add("--mixing-strategy", choices=STRATEGIES, default="classmix", help="how images are mixed")
+    add("--weak-threshold", type=share, default=0.7, help="ReCo ignores pseudo-labels below it")
     add(
         "--labeled-batch-size",
         type=size,
         metavar="N",
-        help="labelled images per step and process (as many as unlabelled ones; with partial "
-        "labels twice as many)",
+        help="labelled images per step and process (--batch-size; with partial labels twice that)",
     )
     add(
         "--warmup-iterations",
         type=natural,
-        help="supervised steps before the unlabelled images join (0; required if a teacher from "
-        "random weights never starts)",
+        help="supervised steps before the unlabelled images join; from random weights (0)",
     )
     return parse(parser, RECIPES, argv)
 
@@ -77,8 +62,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 def pseudo_label(
     teacher: MeanTeacher, images: Tensor, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's argmax and its probability at full resolution: images [B, 3, H, W] -> label
-    int64 [B, H, W], confidence [B, H, W]."""
+    """The teacher's prediction: images [B, 3, H, W] -> label int64 [B, H, W], the class of the
+    highest probability, and confidence [B, H, W], that probability."""
     with accelerator.autocast():
         logits, _ = teacher.label(images)
     prob = upsample(logits.float(), images.shape[-2:]).softmax(dim=1)
@@ -99,8 +84,9 @@ def strong_view(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The student's view of pseudo-labelled images: scale, crop, mixing, colour, blur, flip.
 
-    images [B, 3, H, W]; label, confidence and known [B, H, W]. Known pixels (partial labels; 255 =
-    unknown) replace the pseudo-label, with confidence 1. Returns the four at the crop's size."""
+    images [B, 3, H, W]; label, confidence and known [B, H, W]. Pixels of known classes (partial
+    labels; 255 = unknown) replace the pseudo-label, with confidence 1. fill [3, 1, 1] is the
+    colour that CutOut paints. Returns the four at the size of the crop."""
     maps = (label, IGNORE, False), (confidence, 0.0, False), (known, IGNORE, partial)
     view = batch_scale_crop(images, maps, tuple(args.crop_size), tuple(args.scale), rng)
     images, label, confidence, known = view
@@ -121,17 +107,17 @@ def reco_targets(
     weak_threshold: float,
     partial: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Label and validity of the pixels of ReCo, [A + B, h, w] each, at the size of rep: labelled
-    pixels, and pseudo-labels of at least the weak threshold.
+    """The label of each pixel and whether ReCo uses it, [A + B, h, w] each, at the size of rep:
+    labelled pixels, and pseudo-labels of at least the weak threshold.
 
     logits_l [A, C, H, W] and label_l [A, H, W] of the labelled images; label_u, confidence and
-    known_u [B, H, W]. partial: on labelled images also pixels of which the student is sure."""
+    known_u [B, H, W]. partial: on labelled images also the student's own confident predictions."""
     valid_l = label_l != IGNORE
     known = torch.cat([label_l, known_u])
     if partial:
-        sure, own = logits_l.softmax(dim=1).max(dim=1)
-        label_l = torch.where(valid_l, label_l, own)
-        valid_l = valid_l | (sure >= 0.97)
+        student_confidence, prediction = logits_l.softmax(dim=1).max(dim=1)
+        label_l = torch.where(valid_l, label_l, prediction)
+        valid_l = valid_l | (student_confidence >= 0.97)
     label = shrink_label(torch.cat([label_l, label_u]), rep_size)
     valid = shrink_label(torch.cat([valid_l, confidence >= weak_threshold]), rep_size)
     if partial:  # nearest sampling alone would lose most known pixels (not in the paper)
@@ -155,19 +141,19 @@ def train_step(
     """One step on a labelled and an unlabelled CPU batch, which may differ in size: images uint8
     [B, 3, h, w], labels uint8 [B, h, w], ...
 
-    partial  the labels are sparse, and the unlabelled batch has known pixels as well
-    Returns the values for the curves and what to plot; there is no GPU synchronisation."""
-    # 1. images and labels, with colour jitter, blur and flip
+    partial  the labels are sparse, and the unlabelled batch has known pixels too
+    Returns the curves and the images to plot, without GPU synchronisation."""
+    # 1. move to the device, augment the labelled images
     images_l, images_u = (to_float(batch[0], accelerator.device) for batch in (batch_l, batch_u))
     label_l, known_u = (to_device(b[1], accelerator.device).long() for b in (batch_l, batch_u))
     images_l, label_l = augment(images_l, [label_l], rng)
 
-    # 2. the teacher labels the unlabelled images, then the student's view of them is drawn
+    # 2. the teacher's pseudo-labels, and a strong view for the student
     pseudo = pseudo_label(teacher, images_u, accelerator)
     view = images_u, *pseudo, known_u, args, rng, partial, teacher.model.mean[0]
     images_u, label_u, confidence, known_u = strong_view(*view)
 
-    # 3. supervised and unsupervised loss; each batch has its own batch-norm statistics
+    # 3. supervised and unsupervised loss; two passes, so that each has its batch-norm statistics
     logits_l, rep_l = student(images_l)  # [A, C, h, w], [A, D, h, w]
     logits_u, rep_u = student(images_u)  # [B, C, h, w], [B, D, h, w]
     full_l, full_u = (upsample(logits, label_l.shape[-2:]) for logits in (logits_l, logits_u))
@@ -175,7 +161,7 @@ def train_step(
     unsupervised, eta = unsupervised_loss(full_u, label_u, confidence, args.reco_threshold)
     loss, stats = supervised + unsupervised, {}
 
-    # 4. ReCo on both batches together
+    # 4. ReCo on both batches
     if args.reco:
         targets = full_l, label_l, label_u, confidence, known_u, rep_l.shape[-2:]
         label, valid = reco_targets(*targets, args.weak_threshold, partial)
@@ -185,7 +171,7 @@ def train_step(
         loss = loss + args.reco_weight * contrast
         stats |= dict(loss=contrast, rep_size=rep.shape[-2:])
 
-    # 5. student, then teacher
+    # 5. update the student, then the teacher
     accelerator.backward(loss)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -207,12 +193,12 @@ def train_step(
 def training_loaders(
     args: argparse.Namespace, source: Source, split: Split, accelerator: Accelerator, start: int
 ) -> list[Loader]:
-    """The labelled and the unlabelled batches of the steps from `start` on."""
-    # with partial labels twice as many labelled images (not in the paper): as many as supervised
-    # training sees, since mixing cuts up the few known pixels of the unlabelled batch
+    """Loaders of the labelled and the unlabelled batches, from step `start` on."""
+    # partial labels: twice as many labelled images (not in the paper), as in supervised training,
+    # since mixing cuts up the few known pixels of the unlabelled batch
     number = args.labeled_batch_size or args.batch_size * (2 if split.partial else 1)
     labelled = dict(batch_size=number, stream=0, scale=args.scale)
-    # scaled only after the teacher has seen them
+    # strong_view scales these, after the teacher has seen them
     unlabelled = dict(batch_size=args.batch_size, stream=1, scale=(1.0, 1.0))
     common = args, accelerator, start
     return [
@@ -226,18 +212,18 @@ def main() -> None:
     accelerator = start_accelerator(args)
     folder = checkpoint.choose_folder(args, accelerator)
 
-    # the data, and which images and pixels are labelled
+    # the data, and which images are labelled
     source = load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
     split = split_train(source, args, quiet=not accelerator.is_main_process)
 
-    # the student, its optimiser, and the teacher: a copy of the student
+    # the student, its optimiser, and its teacher
     state = checkpoint.load_state(folder) if args.resume else None
     model, config = new_model(args, source, accelerator, fresh=state is None)
     optimizer = new_optimizer(args, model)
     teacher = MeanTeacher(model, compiled=args.compile)
-    student, optimizer = accelerator.prepare(model, optimizer)  # student: `model`, wrapped
+    student, optimizer = accelerator.prepare(model, optimizer)  # `model`, wrapped
 
-    # the run folder, progress and validation; with --resume the state of the run
+    # the run folder, or with --resume its state; the loaders
     record = Record(args, accelerator, folder, source, split, config)
     parts = dict(model=model, optimizer=optimizer, teacher=teacher, scaler=accelerator.scaler)
     record.restore(state, **parts)

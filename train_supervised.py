@@ -1,11 +1,9 @@
 """Supervised training from full or partial labels, with or without the regional contrast loss.
 
-    python train_supervised.py                           # street, 20 labelled images
-    accelerate launch train_supervised.py --reco
-    accelerate launch train_supervised.py --dataset cityscapes --data-path dataset/cityscapes \\
-        --num-labeled 150 --val-interval 500 --model reconet
-    accelerate launch train_supervised.py --dataset cityscapes --data-path dataset/cityscapes \\
-        --label-ratio p1 --seed 0 --val-interval 500 --model reconet
+python train_supervised.py                           # street, 20 labelled images
+accelerate launch train_supervised.py --reco
+accelerate launch train_supervised.py --dataset cityscapes --data-path DIR --num-labeled 150
+accelerate launch train_supervised.py --dataset cityscapes --data-path DIR --label-ratio p1
 """
 
 import argparse
@@ -49,9 +47,9 @@ def train_step(
     """One step on a CPU batch: images uint8 [B, 3, h, w], labels uint8 [B, h, w], ...
 
     partial  the labels are sparse
-    reco     False: without ReCo, whatever --reco says
-    Returns the values for the curves and what to plot; there is no GPU synchronisation."""
-    # 1. images and labels, with colour jitter, blur and flip
+    reco     False: no ReCo, even with --reco (the warm-up of train_semi.py)
+    Returns the curves and the images to plot, without GPU synchronisation."""
+    # 1. move to the device, augment
     images = to_float(batch[0], accelerator.device)
     label = to_device(batch[1], accelerator.device).long()
     images, label = augment(images, [label], rng)
@@ -69,7 +67,7 @@ def train_step(
         loss = supervised + args.reco_weight * contrast
         stats |= dict(loss=contrast, rep_size=rep.shape[-2:])
 
-    # 4. student
+    # 4. update the student
     accelerator.backward(loss)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -80,11 +78,10 @@ def train_step(
 def training_loaders(
     args: argparse.Namespace, source: Source, split: Split, accelerator: Accelerator, start: int
 ) -> list[Loader]:
-    """The labelled batches of the steps from `start` on."""
+    """The loader of the labelled batches, from step `start` on."""
     options = dict(batch_size=args.batch_size, stream=0, scale=args.scale)
-    return [
-        training_loader("labelled", source, split.labelled, args, accelerator, start, **options)
-    ]
+    common = args, accelerator, start
+    return [training_loader("labelled", source, split.labelled, *common, **options)]
 
 
 def main() -> None:
@@ -92,17 +89,17 @@ def main() -> None:
     accelerator = start_accelerator(args)
     folder = checkpoint.choose_folder(args, accelerator)
 
-    # the data, and which images and pixels are labelled
+    # the data, and which images are labelled
     source = load_source(args.dataset, args.data_path, args.max_size, args.cache_dir)
     split = split_train(source, args, quiet=not accelerator.is_main_process)
 
-    # the network and its optimiser
+    # the student and its optimiser
     state = checkpoint.load_state(folder) if args.resume else None
     model, config = new_model(args, source, accelerator, fresh=state is None)
     optimizer = new_optimizer(args, model)
-    student, optimizer = accelerator.prepare(model, optimizer)  # student: `model`, wrapped
+    student, optimizer = accelerator.prepare(model, optimizer)  # `model`, wrapped
 
-    # the run folder, progress and validation; with --resume the state of the run
+    # the run folder, or with --resume its state; the loaders
     record = Record(args, accelerator, folder, source, split, config)
     record.restore(state, model=model, optimizer=optimizer, scaler=accelerator.scaler)
     loaders = training_loaders(args, source, split, accelerator, record.step)

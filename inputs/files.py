@@ -1,7 +1,7 @@
-"""Reading images, masks and texts; writing files whole or not at all.
+"""Read images, masks and text; write files whole or not at all.
 
-Pillow decodes everything. torchvision's decoders are a tenth (PNG) to a sixth (JPEG) faster, but a
-damaged PNG crashes the process there.
+Pillow decodes all images. torchvision's decoders are a tenth (PNG) to a sixth (JPEG) faster, but a
+damaged PNG crashes their process.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor
 from inputs.errors import UserError, first_line, need
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".jfif")
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # Pillow would start Ghostscript for PostScript
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # no PostScript: Pillow would run Ghostscript
 IGNORE = 255  # in a label: not labelled
 OUTSIDE = 254  # in a value table: a value on disk that is not a class
-LABEL_MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # Pillow's modes of one number per pixel
+LABEL_MODES = ("L", "P", "1", "I", "I;16", "I;16B")  # Pillow's modes with one number per pixel
 EXIF_ORIENTATION = 0x0112
 
 
@@ -37,10 +37,10 @@ def need_regular(path: str | Path) -> None:
 def open_image(
     path: str | Path, size_needed: Callable[[int, int], tuple[int, int]] | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """A decoded image, turned upright by its EXIF data, and its (H, W) upright at full size.
+    """A decoded image, rotated by its EXIF data, and its full size (H, W) after the rotation.
 
-    `size_needed` maps (H, W) to the size that is required: a JPEG of twice that size or more is
-    decoded at 1/2, 1/4 or 1/8, which is faster.
+    `size_needed` maps (H, W) to the required size: a JPEG of twice that size or more is decoded at
+    1/2, 1/4 or 1/8, which is faster.
     Raises UserError that names the file: missing, not an image, truncated.
     """
     need_regular(path)
@@ -55,9 +55,7 @@ def open_image(
         return image, (width, height) if quarter_turned else (height, width)
     except Image.DecompressionBombError:
         most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise UserError(
-            f"{path}: is larger than {most:.0f} megapixels; cut it into tiles"
-        ) from None
+        raise UserError(f"{path}: is larger than {most:.0f} megapixels; cut it in tiles") from None
     except UnidentifiedImageError:
         kinds = "not an image that can be read (PNG, JPEG, BMP, TIFF, WebP)"
         raise UserError(f"{path}: {kinds if os.path.getsize(path) else 'is empty'}") from None
@@ -67,7 +65,7 @@ def open_image(
 
 
 def need_utf8(path: Path) -> None:
-    """Raise UserError for a name that a text file, a log or a mask's name could not hold."""
+    """Raise UserError for a name that cannot be written to a text file or a log."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -75,11 +73,11 @@ def need_utf8(path: Path) -> None:
 
 
 def to_rgb(image: Image.Image, path: str | Path = "the image") -> Tensor:
-    """uint8 RGB [3, H, W] of a grey, palette or alpha image, or of one of 16 bits or floats.
+    """Any image as uint8 RGB [3, H, W].
 
     16 bits: 65535 is white. Floats: the largest value, at least 1, is white; NaN and infinity are
-    black. Raises UserError for values outside 0 .. 65535: decibels, or a huge "no data" value that
-    would turn the rest black.
+    black. Raises UserError for values outside 0 .. 65535: decibels, or a huge "no data" value
+    beside which the rest would be black.
     """
     if image.mode.startswith(("I", "F")):  # Pillow would clip these at 255
         values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
@@ -99,7 +97,7 @@ def to_rgb(image: Image.Image, path: str | Path = "the image") -> Tensor:
 
 
 def read_image(path: str | Path) -> Tensor:
-    """uint8 RGB [3, H, W] of an image, upright. Raises UserError that names the file."""
+    """An image as uint8 RGB [3, H, W], upright. Raises UserError that names the file."""
     return to_rgb(open_image(path)[0], path)
 
 
@@ -112,15 +110,15 @@ def read_label(
 ) -> np.ndarray:
     """Class ids uint8 [H, W] of a mask, 255 = not labelled.
 
-    table   uint8 [256]: value on disk -> class id, IGNORE, or OUTSIDE for a value that is not a
-            class
-    size    (H, W) of the image that it belongs to, upright, which the mask must share
-    origin  what the message on a wrong value says of the allowed ones, e.g. where they are named
-    colours pack_colour(R, G, B) -> class id or IGNORE, for masks in colours
+    table    uint8 [256]: value on disk -> class id, IGNORE, or OUTSIDE for a value that is not a
+             class
+    size     (H, W) of its image, upright, which the mask must share
+    origin   where the allowed values come from, for the message about a wrong one
+    colours  pack_colour(R, G, B) -> class id or IGNORE, for masks in colours
 
     A grey PNG holds values. An RGB PNG requires `colours`. A palette PNG means its colours if all
     are in `colours`; else its greys if all are greys (a tool may have compressed a grey PNG); else
-    its indices. What is transparent in a mask in colours is not labelled.
+    its indices. Transparent pixels of a mask in colours are not labelled.
     Raises UserError that names the file, the value and the allowed range.
     """
     image, stored = open_image(path)
@@ -154,7 +152,7 @@ def read_label(
         red, green, blue = image.convert("RGB").getpixel((x, y))
         raise UserError(
             f"{path}: holds the colour {red} {green} {blue} at x {x}, y {y}, which is not a "
-            f"class{origin}; add it there, or as `void` where it means nothing"
+            f"class{origin}; add it there, or as `void` if it means nothing"
         )
     return label
 
@@ -162,11 +160,11 @@ def read_label(
 def label_by_value(
     path: str | Path, image: Image.Image, table: np.ndarray, origin: str
 ) -> np.ndarray:
-    """`read_label` of an image whose pixels are values, looked up in the table."""
+    """`read_label` of an image whose pixels are values: look them up in the table."""
     values = np.asarray(image)
     white = image.mode == "1" and values.any()
     need(not white, f"{path}: is a 1-bit mask, whose white may be 1 or 255; save it as 8-bit grey")
-    if values.dtype not in (bool, np.uint8):  # 16 bits: nothing beyond a byte is a class
+    if values.dtype not in (bool, np.uint8):  # 16 or 32 bits: a value above 255 is not a class
         values = np.where((values < 0) | (values > IGNORE), OUTSIDE, values)
     label = table.take(values.astype(np.uint8))
     wrong = label == OUTSIDE
@@ -179,14 +177,17 @@ def label_by_value(
     return label
 
 
-def pack_colour(red, green, blue):
+Number = TypeVar("Number", int, np.ndarray)
+
+
+def pack_colour(red: Number, green: Number, blue: Number) -> Number:
     """A colour, or arrays of them (int32), as one number."""
     return 65536 * red + 256 * green + blue
 
 
 def classes_of_colours(rgba: np.ndarray, colours: dict[int, int]) -> np.ndarray:
-    """uint8 [...]: the class of each colour uint8 [..., 4]; IGNORE where it is transparent,
-    whatever colour the painting program left there; OUTSIDE where it is not in `colours`."""
+    """RGBA uint8 [..., 4] -> class ids uint8 [...]; IGNORE for a transparent pixel of any colour,
+    OUTSIDE for a colour that is not in `colours`."""
     red, green, blue, alpha = np.moveaxis(rgba.astype(np.int32), -1, 0)
     packed = pack_colour(red, green, blue)
     known = np.array(sorted(colours))
@@ -200,8 +201,8 @@ def classes_of_palette(image: Image.Image, colours: dict[int, int]) -> np.ndarra
     """uint8 [256]: the class of each index of a palette PNG by its colour, see
     `classes_of_colours`.
 
-    The index 255 is not labelled, as predict.py and an eraser leave it, if its colour is not a
-    class, or if all other indices in the image are the numbers of their classes.
+    The index 255 is not labelled (as in masks of predict.py that a user erased) if its colour is
+    not a class, or if every other index in the image is the number of its class.
     """
     image.apply_transparency()
     rgba = np.array(image.getpalette("RGBA"), np.uint8).reshape(-1, 4)
@@ -219,20 +220,20 @@ def is_grey(palette: Sequence[int]) -> bool:
 
 
 def read_palette(path: str | Path) -> bytes:
-    """R, G, B of each index of a palette PNG; empty for another image, and for a palette of greys,
-    which means its greys. Raises UserError that names the file."""
+    """The palette R, G, B, R, ... of a palette PNG; empty for other images and for a palette of
+    greys, which means these greys. Raises UserError that names the file."""
     need_regular(path)
     try:
         with Image.open(path, formats=FORMATS) as image:  # reads the header only
             palette = bytes(image.getpalette() or []) if image.mode == "P" else b""
     except Exception:
-        open_image(path)  # says what is wrong
+        open_image(path)  # raises the error that says what is wrong
         return b""
     return b"" if is_grey(palette) else palette
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """What a file holds. Raises UserError that names it."""
+    """The content of a file. Raises UserError that names the file."""
     need_regular(path)
     try:
         return Path(path).read_bytes()
@@ -241,7 +242,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """A text file in UTF-8, without a mark before it. Raises UserError that names the file."""
+    """The text of a UTF-8 file, without a byte order mark. Raises UserError that names the file."""
     content = read_bytes(path)
     try:
         text = content.decode("utf-8-sig")
@@ -252,7 +253,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path):
-    """What a JSON file holds. Raises UserError that names the file."""
+    """The content of a JSON file. Raises UserError that names the file."""
     content = read_bytes(path)
     try:
         return json.loads(content.decode("utf-8-sig"))
@@ -261,8 +262,8 @@ def read_json(path: str | Path):
 
 
 def stamp(*paths: str | None) -> list[list[int]]:
-    """What changes when one of the files changes or is replaced, even by one of its size and time:
-    size, time of modification, time of the last change of any kind, and inode of each."""
+    """Size, mtime, ctime and inode of each file: differs if a file was changed or replaced, even by
+    one of the same size and mtime."""
     try:
         stats = [os.stat(path) for path in paths if path]
     except OSError as error:
@@ -272,8 +273,8 @@ def stamp(*paths: str | None) -> list[list[int]]:
 
 # ------------------------------------------------------------------------------------- writing
 def output_file(option: str, name: str | Path, overwrite: bool) -> Path:
-    """The path that an option names for its output. UserError where it cannot be written, and for
-    an existing file without `overwrite`."""
+    """The output path that an option names. UserError if it cannot be written, or exists and
+    `overwrite` is False."""
     path = Path(name)
     need(not path.is_dir(), f"{option} {path}: is a folder; name a file")
     writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
@@ -286,7 +287,7 @@ def output_file(option: str, name: str | Path, overwrite: bool) -> Path:
 
 
 def need_no_input(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
-    """UserError where an output is one of the input files, by whatever name or link."""
+    """UserError if an output is one of the input files, also under another name or link."""
     existing = {identity(path): path for path in outputs if path.exists()}
     for path in inputs if existing else ():
         output = existing.get(identity(path))
@@ -294,7 +295,7 @@ def need_no_input(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None
 
 
 def identity(path: str | Path) -> tuple[int, int] | None:
-    """What all names of a file share; None for a file that does not exist."""
+    """Device and inode of a file, the same under all its names; None if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:
@@ -303,12 +304,12 @@ def identity(path: str | Path) -> tuple[int, int] | None:
 
 
 def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the whole new one.
+    """Write a file so that at any time the path holds the old file or the whole new one.
 
-    `writer` gets the open binary file. A write that fails leaves nothing under the final name.
-    A link stays a link. A device, a pipe and /dev/stdout are written in place.
+    `writer` gets the open binary file. If it fails, the path is unchanged. A link stays a link. A
+    device, a pipe and /dev/stdout are written in place.
     """
-    stream = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))  # may be sent to a regular file
+    stream = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))  # may be redirected to a file
     in_place = stream is not None
     with contextlib.suppress(FileNotFoundError):
         in_place |= not stat.S_ISREG(os.stat(path).st_mode)
@@ -329,12 +330,13 @@ def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None
 
 
 def partial_of(path: Path) -> Path:
-    """Where `atomic_write` writes until the file is whole."""
+    """The temporary file of `atomic_write`."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None:
-    """`atomic_write`; makes the folder if necessary. A full disk or a missing right: UserError."""
+    """`atomic_write`, which also makes the folder. UserError if the disk is full or permission is
+    missing."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -345,8 +347,8 @@ def write(path: str | Path, writer: Callable[[BinaryIO], object]) -> None:
         ) from None
 
 
-def write_json(path: str | Path, content) -> None:
-    """`write` of JSON; what JSON does not know is written as text."""
+def write_json(path: str | Path, content: object) -> None:
+    """`write` as JSON; types that JSON does not have become text."""
     text = json.dumps(content, indent=1, default=str) + "\n"
     write(path, lambda file: file.write(text.encode()))
 

@@ -16,7 +16,7 @@ Colour = tuple[int, int, int]
 
 
 def read_folder(path: Path) -> dict:
-    """The fields of the `Source` of a user's own folder: its files and the classes it names."""
+    """The fields of `Source` for a user's own folder: its classes and its files."""
     file, classes, palette, void = read_classes(path)
     need(
         2 <= len(classes) < OUTSIDE,
@@ -41,12 +41,12 @@ def read_folder(path: Path) -> dict:
 
 # --------------------------------------------------------------------------------------- classes
 def read_classes(path: Path) -> tuple[Path, list[str], list[Colour], list[Colour]]:
-    """The file that names a user's classes in the order of the label values, the names, their
-    colours (none if it gives none) and the colours that mean "not labelled".
+    """The file that lists the classes in the order of the label values; their names; their colours
+    (empty if it has none); the colours that mean "not labelled".
 
-    classes.txt has a name a line, or a name and a colour (`road 128 64 128`); without it CVAT's
-    labelmap.txt (`road:128,64,128::`) is read. The name `void` with a colour is not a class.
-    Raises UserError that names the file and the line."""
+    A line of classes.txt is a name, or a name and a colour (`road 128 64 128`). Without the file,
+    CVAT's labelmap.txt (`road:128,64,128::`) is read. `void` with a colour is not a class. Raises
+    UserError that names the file and the line."""
     file, pattern = path / "classes.txt", rf"(.*[^\s,])[\s,]+{RGB}"
     if not file.is_file() and (path / "labelmap.txt").is_file():
         file, pattern = path / "labelmap.txt", rf"([^:]+):{RGB}(?::.*)?"
@@ -75,7 +75,7 @@ def read_classes(path: Path) -> tuple[Path, list[str], list[Colour], list[Colour
 
 
 def need_distinct(file: Path, names: list[str]) -> None:
-    """Raise UserError if a class is named twice."""
+    """Raise UserError if two classes have the same name."""
     twice = next((name for name in names if names.count(name) > 1), None)
     need(twice is None, f"{file}: names the class {twice} twice")
 
@@ -83,8 +83,8 @@ def need_distinct(file: Path, names: list[str]) -> None:
 def shared_palette(labels: list[str], number: int) -> list[Colour]:
     """The colours of the classes: those of the palette PNGs among the labels, else Pascal VOC's.
 
-    The indices of a palette PNG are class numbers only if all labels have one palette. A tool may
-    drop colours from its end, but reordered colours are other numbers: UserError names the file.
+    The indices of palette PNGs are class numbers only if all have the same palette; a tool may cut
+    off its end. For any other difference, raises UserError that names the file.
     """
     palettes = {label: files.read_palette(label)[: 3 * number] for label in labels}
     longest = max(palettes, key=lambda label: len(palettes[label]))
@@ -104,7 +104,7 @@ def shared_palette(labels: list[str], number: int) -> list[Colour]:
 def list_folder(path: Path) -> Splits:
     """A user's own data: images/{train,val,test}/*, labels/{train,val,test}/*.png.
 
-    A training image without a label is unlabelled; the test split may be left out.
+    A training image without a label is unlabelled; the test split is optional.
     """
     splits = {part: folder_split(path, part) for part in ("train", "val")}
     if (path / "labels" / "test").is_dir():
@@ -119,7 +119,7 @@ def list_folder(path: Path) -> Splits:
 
 
 def folder_split(path: Path, part: str) -> list[Sample]:
-    """One split of a user's own data. Raises UserError for each way in which files may not fit."""
+    """One split of a user's own data. Raises UserError for files that do not fit together."""
     images = by_name(path / "images" / part)
     labels = by_name(path / "labels" / part)
     for name, label in labels.items():
@@ -140,7 +140,7 @@ def folder_split(path: Path, part: str) -> list[Sample]:
 
 
 def by_name(folder: Path) -> dict[str, Path]:
-    """The images (or labels) of a folder by name. Raises UserError if two have one name."""
+    """The images or labels of a folder by name. Raises UserError if two have the same name."""
     named = {}
     for file in list_files(folder, LAYOUT):
         other = named.setdefault(name_of(file), file)

@@ -1,7 +1,5 @@
-"""Which images and which of their pixels count as labelled.
-
-The labelled split, published lists of images, checks of a user's own labels, partial labels.
-"""
+"""Which images, and which of their pixels, are labelled: the labelled split, published lists of
+images, checks of a user's own labels, partial labels."""
 
 import argparse
 import hashlib
@@ -33,11 +31,11 @@ FLAT = 16  # of 255: an image with less contrast shows next to nothing
 
 # ------------------------------------------------------------------------- what the labels hold
 def label_index(source: Source, samples: list[Sample], quiet: bool = True) -> Iterator[dict]:
-    """For each sample in turn {"classes": ids in its label, "share": labelled share of its pixels,
-    "flat": whether its image has next to no contrast (of a user's own data only)}.
+    """Yield for each sample {"classes": ids in its label, "share": labelled share of its pixels,
+    "flat": whether its image has next to no contrast (only for a user's own data)}.
 
-    Labels are read lazily, checked, and remembered by path and `files.stamp`: a changed file is
-    read again.
+    Labels are read lazily, checked, and cached by path and `files.stamp`: a changed file is read
+    again.
     """
     path = index_path(source)
     known = read_index(path, len(source.classes))
@@ -52,17 +50,9 @@ def label_index(source: Source, samples: list[Sample], quiet: bool = True) -> It
         return known[name]
 
     try:
-        with (
-            tqdm(
-                samples,
-                desc="reading labels",
-                unit="file",
-                disable=quiet or None,  # None: on a terminal only
-                leave=False,
-                delay=1,
-            ) as bar,
-            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # decoding needs no lock
-        ):
+        hidden = quiet or None  # None: shown only on a terminal
+        bar = tqdm(samples, "reading labels", unit="file", leave=False, delay=1, disable=hidden)
+        with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, len(samples), READ_AT_ONCE):
                 for entry in pool.map(entry_of, samples[start : start + READ_AT_ONCE]):
                     bar.update()
@@ -73,7 +63,7 @@ def label_index(source: Source, samples: list[Sample], quiet: bool = True) -> It
 
 
 def index_path(source: Source) -> Path:
-    """The cache file of what the labels of a data set hold; one for all seeds."""
+    """The cache file of `label_index`, the same for all seeds."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = source.cache_dir or Path(user_cache) / "reco-segmentation"
     content = [
@@ -101,16 +91,16 @@ def read_index(path: Path, num_classes: int) -> dict[str, dict]:
 
 
 def inspect_label(source: Source, sample: Sample) -> dict:
-    """What a label holds, see `label_index`. Of a user's own data the image is decoded too (a JPEG
-    at 1/8) and the label is counted at full size: every file is checked before training."""
+    """The entry of `label_index`. Every file of a user's own is checked before training: the image
+    is decoded too (a JPEG at 1/8), and the label is counted at full size."""
     stored, flat = None, False
     if source.own_files:
         image, stored = files.open_image(sample.image, lambda height, width: (1, 1))
         height, width = source.training_size(*stored)
         need(
             min(height, width) > 1,
-            f"{sample.image}: is {stored[1]}x{stored[0]}, in training {width}x{height}; one pixel "
-            "is not enough",
+            f"{sample.image}: is {stored[1]}x{stored[0]}, in training {width}x{height}; a side "
+            "of one pixel is not enough",
         )
         rgb = files.to_rgb(image, sample.image)
         flat = int(rgb.max()) - int(rgb.min()) < FLAT
@@ -133,10 +123,10 @@ def inspect_label(source: Source, sample: Sample) -> dict:
 
 # --------------------------------------------------------------------------- labelled images
 def labelled_split(source: Source, number: int, seed: int, quiet: bool = True) -> list[Sample]:
-    """`number` training images that together show every class (paper, section 4.1).
+    """`number` training images that together show every class (paper, section 4.1), chosen by
+    `choose_images` from a seeded shuffle of the sorted names.
 
-    A walk over a seeded shuffle of the sorted names, see `choose_images`. Deterministic in (data,
-    number, seed); labels are read no further than the walk goes.
+    Deterministic in (data, number, seed). Reads only the labels that the walk reaches.
     """
     candidates = sorted((s for s in source.train if s.label), key=lambda sample: sample.name)
     need(
@@ -145,7 +135,7 @@ def labelled_split(source: Source, number: int, seed: int, quiet: bool = True) -
     )
     order = np.random.default_rng([seed, 1]).permutation(len(candidates))
     candidates = [candidates[i] for i in order]
-    seen: list[set[int]] = []  # classes of the first candidates, as far as they are read
+    seen: list[set[int]] = []  # classes of the candidates read so far
     with closing(label_index(source, candidates, quiet)) as index:
 
         def classes_of(i: int) -> set[int]:
@@ -169,9 +159,9 @@ def choose_images(
     """`number` of the images 0, 1, ... `candidates` - 1 so that every class is seen.
 
     The walk takes an image if it holds a class that is least often taken so far and at least
-    `min_classes` classes; skipped images are tried again when the walk ends. If a walk takes none,
-    the rules are relaxed one by one: take the first image of a class not yet seen, however few its
-    classes; drop the classes that no remaining image could add; accept images with few classes.
+    `min_classes` classes; when the walk ends, skipped images are tried again. If a walk takes none,
+    the rules are relaxed one by one: take the first image with a class not seen so far, even if it
+    has few classes; drop the classes that no remaining image has; accept images with few classes.
     """
     taken, remaining = [], list(range(candidates))
     times = np.zeros(num_classes, int)  # how often each class is taken
@@ -210,20 +200,17 @@ def choose_images(
 
 
 def published_split(source: Source, path: str | Path) -> list[Sample]:
-    """The images that a split file names, one per line, in its order.
-
-    A line is a name or a path, with or without the label's path after it.
-    """
+    """The images that a split file lists, one per line, in its order: a name or a path, with or
+    without the label's path after it."""
     need(Path(path).is_file(), f"--labeled-list {path}: no such file")
     by_name = {name_of(Path(s.image)) + Path(s.image).suffix: s for s in source.train}
     by_name |= {s.name: s for s in source.train}
     chosen = []
-    for number, line in enumerate(
-        unicodedata.normalize("NFC", files.read_text(path)).split("\n"), 1
-    ):
+    text = unicodedata.normalize("NFC", files.read_text(path))
+    for number, line in enumerate(text.split("\n"), 1):
         if not (line := line.strip()):
             continue
-        first = Path(line.split()[0])  # a label's path may follow, but a name may hold spaces too
+        first = Path(line.split()[0])  # a label's path may follow, or the name has spaces
         stem = first.stem.removesuffix("_leftImg8bit")
         names = (line, Path(line).name, first.name, first.stem, stem)
         sample = next((by_name[name] for name in names if name in by_name), None)
@@ -235,11 +222,9 @@ def published_split(source: Source, path: str | Path) -> list[Sample]:
 
 
 def check_folder(source: Source, quiet: bool = True) -> set[Sample]:
-    """Read every file of a user's own data once (then it is remembered).
-
-    Raises UserError for what cannot be used. Returns the training images whose label is sparse: it
-    covers less than half of the pixels.
-    """
+    """Check every file of a user's own data; the results are cached. Returns the training images
+    with a sparse label, which covers less than half of the pixels. Raises UserError for a file that
+    cannot be used."""
     samples = source.train + source.val
     entries = dict(zip(samples, label_index(source, samples, quiet), strict=True))
     labelled = {sample: entry for sample, entry in entries.items() if sample.label}
@@ -257,12 +242,12 @@ def check_folder(source: Source, quiet: bool = True) -> set[Sample]:
                 break
         flat = [sample.image for sample, entry in entries.items() if entry.get("flat")]
         if flat:
-            note(f"{len(flat)} images have next to no contrast ({flat[0]} ...); look at them")
+            note(f"{len(flat)} images have next to no contrast ({flat[0]} ...); check them")
     return {s for s in source.train if s.label and entries[s]["share"] < SPARSE}
 
 
 def check_classes(labelled: dict[Sample, dict]) -> None:
-    """Raise UserError if the labels of one part (training or validation) hold nothing to learn."""
+    """Raise UserError if the training or the validation labels hold only 255, or only 0 and 255."""
     present = set().union(*(entry["classes"] for entry in labelled.values()))
     void = next((sample for sample, entry in labelled.items() if entry["share"] < 1), None)
     if void and present <= {0}:
@@ -274,7 +259,7 @@ def check_classes(labelled: dict[Sample, dict]) -> None:
 
 
 class Split(NamedTuple):
-    """The labelled and the unlabelled training images, and whether labels are partial."""
+    """The labelled and the unlabelled training images; partial: the labels are sparse."""
 
     labelled: list[Sample]
     unlabelled: list[Sample]
@@ -282,12 +267,12 @@ class Split(NamedTuple):
 
 
 def split_train(source: Source, args: argparse.Namespace, quiet: bool = True) -> Split:
-    """The training images by the options num_labeled, label_ratio, labeled_list and seed.
+    """Split the training images by the options num_labeled, label_ratio, labeled_list and seed.
 
-    Labels are partial with --label-ratio, and if a quarter or more of a user's own are sparse. Then
-    every labelled image is in the unlabelled list too, with its known pixels; so is an image with a
-    sparse label among full ones. The unlabelled list holds no other labels. If no image remains
-    unlabelled, all images are in it.
+    Labels are partial with --label-ratio, or if a quarter or more of a user's own are sparse. Then
+    every labelled image is also in the unlabelled list, with its label. Among full labels, this
+    applies to the images with a sparse label only. The other unlabelled images have no label. If
+    none remains unlabelled, the list has all images.
     """
     sparse = check_folder(source, quiet) if source.own_files else set()
     if args.labeled_list:
@@ -298,16 +283,15 @@ def split_train(source: Source, args: argparse.Namespace, quiet: bool = True) ->
         labelled = [sample for sample in source.train if sample.label]
     chosen, masks = set(labelled), sum(bool(sample.label) for sample in source.train)
     partial = bool(args.label_ratio) or len(sparse) >= max(1, masks / 4)
-    kept = chosen if partial else chosen & sparse  # in both lists with their known pixels
+    kept = chosen if partial else chosen & sparse  # in both lists, with their label
     none_left = len(chosen) == len(source.train)
     others = [s for s in source.train if none_left or s in kept or s not in chosen]
     return Split(labelled, [s if s in kept else replace(s, label=None) for s in others], partial)
 
 
 def fingerprint(source: Source, split: Split) -> dict[str, str]:
-    """The data fingerprint, checked on resume: a hash of the names and file sizes of the labelled,
-    unlabelled and validation images, one of the content of their labels, and the colours of the
-    classes."""
+    """The data fingerprint, checked on resume: hashes of the names and file sizes of the labelled,
+    unlabelled and validation images and of the content of the labels, and the class colours."""
 
     def of(samples: list[Sample]) -> str:
         entries = [
@@ -334,9 +318,9 @@ def partial_label(label: np.ndarray, ratio: str, seed: int, name: str) -> np.nda
     """The label (uint8 [H, W]) with all but a few pixels of each class set to 255; section 4.2.
 
     p0 keeps one uniformly drawn pixel per class. pX starts from that pixel and grows a square by
-    5x5 dilations until at least int(X % of the class's pixels) are covered. After k dilations these
-    are the pixels of the class within Chebyshev distance 2k, so no loop is necessary: one bincount
-    over (class, k) gives the k at which every class stops. A pure function of its arguments.
+    5x5 dilations until at least int(X % of the class's pixels) are covered. k dilations cover the
+    pixels of the class within Chebyshev distance 2k, so one bincount over (class, k) gives the k at
+    which each class stops. Deterministic in its arguments.
     """
     counts, rows, columns = draw_pixels(label, seed, name)
     classes = np.flatnonzero(counts)
@@ -360,13 +344,13 @@ def partial_label(label: np.ndarray, ratio: str, seed: int, name: str) -> np.nda
 def draw_pixels(
     label: np.ndarray, seed: int, name: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How many pixels each class has, and row and column of one drawn from them; each [256]."""
+    """The number of pixels of each class, and row and column of one drawn pixel; each [256]."""
     height = len(label)
     row_keys = label + 256 * np.arange(height)[:, None]
     up_to_row = np.bincount(row_keys.ravel(), minlength=256 * height)
     up_to_row = up_to_row.reshape(height, 256).cumsum(axis=0)  # pixels of a class down to a row
     counts = up_to_row[-1] * (np.arange(256) != IGNORE)
-    # one draw per class id, so that a class does not change the draws of the others
+    # one draw per class id, so that the draw of a class does not depend on the others
     draws = np.random.default_rng([seed, zlib.crc32(name.encode())]).random(256)
     rows, columns = np.zeros(256, np.int16), np.zeros(256, np.int16)
     for c in np.flatnonzero(counts):

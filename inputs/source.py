@@ -1,6 +1,6 @@
-"""A data set as it is on disk: its samples, its label values and how a sample is read.
+"""A data set: its samples, its label values and how a sample is read.
 
-Label maps are uint8 with class ids; 255 means "not labelled" everywhere. Nothing is preprocessed.
+Label maps are uint8 with class ids; 255 always means "not labelled".
 """
 
 import functools
@@ -24,12 +24,12 @@ NPY_HEADER = 128  # bytes
 
 
 def is_sparse(label: Tensor) -> bool:
-    """Whether a label [H, W] covers so little of its image that it must be points or strokes."""
+    """Whether a label [H, W] covers less than half of its image: points or strokes."""
     return (label != IGNORE).float().mean().item() < SPARSE
 
 
 def value_table(values: dict[int, int]) -> np.ndarray:
-    """uint8 [256]: value on disk -> class id or IGNORE; OUTSIDE for every value not named."""
+    """uint8 [256]: value on disk -> class id or IGNORE; OUTSIDE for values not in `values`."""
     table = np.full(256, OUTSIDE, np.uint8)
     table[list(values)] = list(values.values())
     return table
@@ -37,7 +37,7 @@ def value_table(values: dict[int, int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sample:
-    name: str  # what labeled.txt calls it
+    name: str  # as in labeled.txt
     image: str  # path, or "street:train/12" for an image that is drawn in memory
     label: str | None = None  # path; None = an unlabelled image
 
@@ -60,8 +60,8 @@ def voc_palette(number: int) -> list[tuple[int, int, int]]:
 
 @dataclass
 class Source:
-    """What a data set is, where its files are and how they are read. Loader processes get a copy,
-    so it holds nothing that cannot be pickled."""
+    """A data set: its classes, its files and how to read them. Loader processes get a pickled
+    copy."""
 
     name: str
     classes: list[str]
@@ -70,20 +70,20 @@ class Source:
     val: list[Sample] = field(default_factory=list)
     test: list[Sample] = field(default_factory=list)
     table: np.ndarray | None = None  # uint8 [256]: value on disk -> class id, IGNORE or OUTSIDE
-    table_origin: str = ""  # what a message on a wrong label value says of the allowed ones
-    colours: dict[int, int] | None = None  # of masks in colours, see files.read_label
-    size: tuple[int, int] | None = None  # (H, W) of every image in training
-    max_size: int | None = None  # ... or of the longer side, if the image is larger
-    enlarge: bool = False  # ... or smaller
-    eval_pad: tuple[int, int] | None = None  # (H, W) evaluated images are padded to
-    uniform: bool = False  # all images have one size on disk
-    min_classes: int = 1  # distinct classes an image of the labelled split must hold
-    own_files: bool = False  # a user's own: every file is checked before training
+    table_origin: str = ""  # where the allowed label values come from, for messages
+    colours: dict[int, int] | None = None  # for masks in colours, see files.read_label
+    size: tuple[int, int] | None = None  # (H, W) to which training images are resized
+    max_size: int | None = None  # else: scale larger images down to this longer side
+    enlarge: bool = False  # ... and smaller ones up
+    eval_pad: tuple[int, int] | None = None  # (H, W) to which evaluated images are padded
+    uniform: bool = False  # all images have the same size on disk
+    min_classes: int = 1  # that an image of the labelled split must have
+    own_files: bool = False  # a user's own data: check every file before training
     cache_dir: Path | None = None  # for training-size copies
 
     # ------------------------------------------------------------------------------------ sizes
     def training_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) at which an image of the data set is trained on."""
+        """The (H, W) of an image in training."""
         if self.size:
             return self.size
         factor = self.max_size / max(height, width) if self.max_size else 1.0
@@ -91,7 +91,7 @@ class Source:
         return max(1, round(height * factor)), max(1, round(width * factor))
 
     def one_size(self, full_resolution: bool = False) -> bool:
-        """Whether all evaluated images have one size, so that several make a batch."""
+        """Whether all evaluated images have the same size, so that they can be batched."""
         resized = self.size is not None or self.eval_pad is not None
         return self.uniform or (resized and not full_resolution)
 
@@ -122,7 +122,7 @@ class Source:
         return files.read_label(sample.label, self.table, size, self.table_origin, self.colours)
 
     def read_cached(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """The training-size copy of a sample, written once and used until its files change."""
+        """The training-size copy of a sample; written again if its files change."""
         content = [
             sample.image,
             sample.label,
@@ -163,16 +163,17 @@ def street_scene(split: str, index: int) -> tuple[Tensor, Tensor]:
 
 # -------------------------------------------------------------------------- listing files
 def name_of(file: Path) -> str:
-    """A file's name without its suffix; an accent is one character (a Mac may write it as two)."""
+    """A file's name without its suffix, in NFC: macOS may store an accent as a character of its
+    own."""
     return unicodedata.normalize("NFC", file.stem)
 
 
 def list_files(
     folder: Path, what: str, pattern: str = "*", suffixes: tuple[str, ...] = IMAGE_SUFFIXES
 ) -> list[Path]:
-    """The sorted files of a folder, hidden ones aside; `what` says where they come from.
+    """The sorted files of a folder, except hidden ones; `what` describes them in messages.
 
-    Raises UserError that names the folder if it is missing or holds none, or the odd file."""
+    Raises UserError that names a missing or empty folder, or a file that cannot be read."""
     need(folder.is_dir(), f"{folder}: no such folder ({what})")
     found = sorted(
         path
@@ -190,8 +191,8 @@ def list_files(
 def labelled_samples(
     images: list[Path], labels: list[Path], all_labels: Sequence[Path] = (), suffix: str = ""
 ) -> list[Sample]:
-    """Each image with its label, which must exist; so must the image of each of `all_labels`.
-    `suffix` is not part of a name."""
+    """Pair images with labels. Each label must exist, and each of `all_labels` must have an image.
+    `suffix` is removed from the names."""
     for image, label in zip(images, labels, strict=True):
         need(label.is_file(), f"{image}: has no label {label}")
     orphan = min({*all_labels} - {*labels}, default=None)

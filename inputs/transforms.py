@@ -1,7 +1,7 @@
-"""Transforms of images and of the maps that belong to them: labels, confidences.
+"""Transforms of images and of their maps: labels, confidences.
 
-Images are float in 0 .. 1, or uint8 before they reach the device. Random draws are made on the CPU
-with a numpy generator, so that a seed gives the same crop on every device. No GPU synchronisation.
+Images are uint8 on the CPU and float in 0 .. 1 on the device. Random draws use a numpy generator on
+the CPU, so that a seed gives the same crop on every device. No GPU synchronisation.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from inputs.files import IGNORE
 
 # ------------------------------------------------- workarounds for PyTorch bugs on MPS (untested)
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a CPU tensor to the device without waiting for the copy; on MPS that copy may read freed
-    memory (pytorch/pytorch 189690), so wait there."""
+    """Copy a CPU tensor to the device without waiting, except on MPS, where the copy may then read
+    freed memory (pytorch/pytorch 189690)."""
     return x.to(device, non_blocking=torch.device(device).type != "mps")
 
 
@@ -59,8 +59,7 @@ def resize_nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
 def resize_label(label: Tensor, size: tuple[int, int], sparse: bool = False) -> Tensor:
     """Labels or another map [H, W] -> [h, w] by `resize_nearest`.
 
-    sparse  whether to keep known pixels (not 255), single ones or strokes, where the map shrinks
-            (not in the paper)
+    sparse  keep all known pixels (not 255) when the map shrinks (not in the paper)
     """
     small = resize_nearest(label, size)
     shrinks = size[0] < label.shape[0] or size[1] < label.shape[1]
@@ -77,16 +76,16 @@ def shrink_label(label: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def shrink_known(known: Tensor, size: tuple[int, int]) -> Tensor:
-    """`shrink_label` of sparse labels int64 [B, H, W], 255 = unknown, that keeps known pixels."""
+    """`shrink_label` of sparse labels int64 [B, H, W], 255 = unknown; keeps known pixels."""
     return keep_known(shrink_label(known, size), known)
 
 
 def keep_known(small: Tensor, known: Tensor) -> Tensor:
     """Fill the unknown cells (255) of `small` from the known pixels that they cover.
 
-    small  [B, h, w]: `known` after nearest sampling, which at a quarter of the size alone loses 15
-           of 16 single pixels
-    known  [B, H, W]; of several classes in a cell, the largest number is taken
+    small  [B, h, w]: `known` after nearest sampling, which at a quarter of the size loses 15 of 16
+           single pixels
+    known  [B, H, W]; of several classes in a cell, the largest number wins
     """
     values = torch.where(known == IGNORE, -1.0, known.float())[:, None]
     # on MPS this pooling is wrong where h does not divide H (pytorch/pytorch 190064)
@@ -96,13 +95,13 @@ def keep_known(small: Tensor, known: Tensor) -> Tensor:
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, C, h, w] -> [B, C, H, W], bilinear, corners aligned, as everywhere in the network."""
+    """[B, C, h, w] -> [B, C, H, W], bilinear with aligned corners, as in the whole network."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
-    """Pad [..., H, W] of any dtype on the right and below to at least height x width, by reflecting
-    as often as needed (F.pad reflects only once)."""
+    """Pad [..., H, W] of any dtype on the right and below to at least height x width, by repeated
+    reflection (F.pad reflects only once)."""
     for dim, wanted in ((-2, height), (-1, width)):
         size = x.shape[dim]
         if size < wanted:
@@ -113,7 +112,7 @@ def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------- scale and crop
-# A map [H, W] of an image, the value that pads it, and whether it is `sparse` (see resize_label)
+# a map [H, W], the value that pads it, and whether it is sparse (see resize_label)
 Map = tuple[Tensor, float, bool]
 
 
@@ -128,8 +127,8 @@ def random_scale_crop(
 
     image  [3, H, W] uint8 or float: bilinear with antialiasing
     maps   [H, W] each: nearest
-    Where the scaled image is smaller than the crop, the image is padded on the right and below by
-    reflection, a map by its value. Returns the image and the maps at the size of the crop.
+    If the scaled image is smaller than the crop, it is padded on the right and below by reflection,
+    a map by its value. Returns the image and the maps at the size of the crop.
     """
     factor = rng.uniform(*scale)
     height, width = (max(1, int(side * factor)) for side in image.shape[-2:])
@@ -162,8 +161,8 @@ def batch_scale_crop(
 
 
 # ---------------------------------------------------------------------- colour, blur and flip
-# torchvision's colour changes up to rounding, with an amount [B, 1, 1, 1] per image. They may work
-# in place: on a CPU, memory takes most of the time.
+# As torchvision's, up to rounding, with an amount [B, 1, 1, 1] per image. They may overwrite the
+# images: on a CPU, memory access takes most of the time.
 def grey(images: Tensor) -> Tensor:
     """[B, 3, H, W] -> luminance [B, 1, H, W]."""
     red, green, blue = images.split(1, dim=1)
@@ -217,7 +216,7 @@ def gaussian_kernels(sigma: np.ndarray) -> np.ndarray:
 
 
 def blur(images: Tensor, kernels: Tensor) -> Tensor:
-    """Convolve columns and rows of images [B, 3, H, W] with their kernels [B, 9]; edges reflect."""
+    """Convolve the rows and columns of images [B, 3, H, W] with kernels [B, 9]; edges reflect."""
     weight = kernels.repeat_interleave(3, dim=0)[:, None, None]  # [3B, 1, 1, 9]
     padded = F.pad(images, [4] * 4, mode="reflect").flatten(0, 1)[None]  # [1, 3B, H + 8, W + 8]
     rows = F.conv2d(padded, weight, groups=len(weight))
@@ -227,10 +226,8 @@ def blur(images: Tensor, kernels: Tensor) -> Tensor:
 def draw_augmentation(
     batch: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The draws of `augment`: the order [4] of COLOUR_CHANGES, and for each image their amounts
-    [4, B], the sigma [B] of the blur and whether to flip [B].
-
-    No jitter: factors 1, shift 0. No blur: sigma 0."""
+    """The draws of `augment`: the order [4] of COLOUR_CHANGES, their amounts [4, B] (without jitter
+    factors 1, shift 0), the sigma [B] of the blur (without: 0), and whether to flip [B]."""
     jitter, blurred, flip = rng.random((3, batch)) < [[0.8], [0.5], [0.5]]
     amounts = np.vstack([rng.uniform(0.75, 1.25, (3, batch)), rng.uniform(-0.25, 0.25, batch)])
     amounts = np.where(jitter, amounts, [[1], [1], [1], [0]])
@@ -252,7 +249,7 @@ def augment(images: Tensor, maps: Sequence[Tensor], rng: np.random.Generator) ->
     amounts, kernels, flip = (to_device(torch.from_numpy(x), images.device) for x in draws)
     flip = flip[:, None, None]
     maps = [torch.where(flip, x.flip(-1), x) for x in maps]
-    images = torch.where(flip[:, None], images.flip(-1), images)  # from here on ours to overwrite
+    images = torch.where(flip[:, None], images.flip(-1), images)  # a copy, to overwrite
     for change in order:
         images = COLOUR_CHANGES[change](images, amounts[change, :, None, None, None])
     return blur(images, kernels), *maps
