@@ -221,6 +221,7 @@ def new_model(
         "palette": source.palette,
         "crop_size": args.crop_size,
         "size": source.size,
+        "max_size": source.max_size,
         "arguments": vars(args),
     }
     return prepare_training(model, args, accelerator), config
@@ -346,9 +347,8 @@ class Segmenter(
         ratio of the image. If all training images had the same size, the longer side is scaled to
         theirs; otherwise only larger images are scaled down. At least 32 pixels, so that any
         backbone can halve it five times."""
-        arguments, longer = self.config["arguments"], max(height, width)
-        limits = {"pascal": 500, "folder": arguments.get("max_size")}
-        limit = limits.get(arguments["dataset"]) or longer
+        longer = max(height, width)
+        limit = self.config.get("max_size") or longer
         target = max(self.config["size"]) if self.config.get("size") else min(limit, longer)
         return max(32, round(height * target / longer)), max(32, round(width * target / longer))
 
@@ -449,7 +449,8 @@ def load_published(file: str, dataset: str | None) -> Segmenter:
         "palette": source.palette,
         "crop_size": DATASETS[dataset].recipe["crop_size"] * 2,
         "size": source.size,
-        "arguments": {"dataset": dataset, "script": "the authors' code", "max_size": None},
+        "max_size": source.max_size,
+        "arguments": {"dataset": dataset, "script": "the authors' code"},
     }
     model = Segmenter(config)
     load_weights(model, convert_reco_checkpoint(state), file)

@@ -163,6 +163,7 @@ FIELDS = {
 }
 OPTIONAL = {
     "size": SIZE,
+    "max_size": COUNT,
     "arguments.max_size": COUNT,
     "model.backbone": NAME,
     "model.rep_dim": COUNT,

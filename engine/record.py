@@ -232,7 +232,7 @@ class Record:
         far."""
         if not self.bar:
             self.open()
-        self.check_losses()
+        self.check_weights()
         entry = {"step": self.step}
         for name, network in self.networks.items():
             if self.control:  # evaluate what is saved: rank 0's batch-norm statistics

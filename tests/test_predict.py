@@ -287,24 +287,14 @@ def test_the_network_from_python(street, script, tmp_path):
         models.load(tmp_path / "nowhere")
 
 
-def test_a_run_from_before_the_network_normalised(street, tmp_path):
-    """Its config.json names no constants: all were ImageNet's."""
-    old, own = tmp_path / "old", tmp_path / "own"
-    constants = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    damaged(street, old, model=lambda m: {k: v for k, v in m.items() if k not in ("mean", "std")})
-    damaged(street, own, model=lambda m: {**m, **constants})
-    one, other = (models.load(folder).predict(scene(), probabilities=True) for folder in (old, own))
-    assert np.array_equal(one, other)
-
-
 # -------------------------------------------------------------------------------- resolution, tiles
 def test_network_size_is_that_of_training(tmp_path):
-    def size(dataset, height, width, max_size=1024, **entries):
+    def size(height, width, **entries):
         config = {
             "model": dict(num_classes=2, backbone="test_resnet", channels=8, low_channels=8),
             "classes": ["a", "b"],
             "palette": [[0, 0, 0], [9, 9, 9]],
-            "arguments": {"dataset": dataset, "max_size": max_size},
+            "arguments": {},
             **entries,
         }
         return models.Segmenter(config).network_size(height, width)
@@ -316,14 +306,16 @@ def test_network_size_is_that_of_training(tmp_path):
     own = data.load_source("folder", str(trees.folder(tmp_path / "folder")), 700)
     for source, shape in ((cityscapes, (1024, 2048)), (sun, (480, 640))):
         expected = source.training_size(*shape)
-        assert size(source.name, *shape, size=source.size) == expected
-        assert size(source.name, *shape) == expected  # an older config, without the entry
-    assert size("camvid", 720, 960, size=data.DATASETS["camvid"].source.size) == (360, 480)
+        assert size(*shape, size=source.size) == expected
+    assert size(720, 960, size=data.DATASETS["camvid"].source.size) == (360, 480)
     for shape in ((3648, 5472), (701, 40), (700, 700), (32, 33)):
-        assert size("folder", *shape, max_size=700) == own.training_size(*shape)
-        assert size("street", *shape) == shape
+        assert size(*shape, max_size=700) == own.training_size(*shape)
+        assert size(*shape) == shape
     for shape in ((3648, 5472), (1, 1), (5, 20_000)):
-        assert min(size("cityscapes", *shape)) >= 32 and max(size("cityscapes", *shape)) == 1024
+        assert (
+            min(size(*shape, size=cityscapes.size)) >= 32
+            and max(size(*shape, size=cityscapes.size)) == 1024
+        )
     assert size("cityscapes", 20, 400) == (51, 1024)  # the longer side is brought up, too
     assert size("camvid", 90, 60, size=data.DATASETS["camvid"].source.size) == (480, 320)
     assert size("pascal", 20, 400) == (32, 400)  # never up
