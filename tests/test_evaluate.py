@@ -64,6 +64,7 @@ def make_run(folder, dataset="street", data_path=None, max_size=1024, **network)
             "palette": source.palette,
             "crop_size": [48, 48],
             "size": source.size,
+            "max_size": source.max_size,
             "arguments": {
                 "script": "train_semi.py",
                 "dataset": dataset,

@@ -316,10 +316,13 @@ def test_network_size_is_that_of_training(tmp_path):
             min(size(*shape, size=cityscapes.size)) >= 32
             and max(size(*shape, size=cityscapes.size)) == 1024
         )
-    assert size("cityscapes", 20, 400) == (51, 1024)  # the longer side is brought up, too
-    assert size("camvid", 90, 60, size=data.DATASETS["camvid"].source.size) == (480, 320)
-    assert size("pascal", 20, 400) == (32, 400)  # never up
-    assert size("pascal", 375, 500) == (375, 500) and size("pascal", 3000, 4000) == (375, 500)
+    assert size(20, 400, size=cityscapes.size) == (51, 1024)  # the longer side is brought up, too
+    assert size(90, 60, size=data.DATASETS["camvid"].source.size) == (480, 320)
+    assert size(20, 400, max_size=500) == (32, 400)  # never up
+    assert size(375, 500, max_size=500) == (375, 500) and size(3000, 4000, max_size=500) == (
+        375,
+        500,
+    )
 
 
 def test_probabilities_are_brought_back_to_the_original_size(script, tmp_path):
