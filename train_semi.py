@@ -153,7 +153,7 @@ def train_step(
     view = images_u, *pseudo, known_u, args, rng, partial, teacher.model.mean[0]
     images_u, label_u, confidence, known_u = strong_view(*view)
 
-    # 3. supervised and unsupervised loss; two passes, so that each has its batch-norm statistics
+    # 3. supervised and unsupervised loss; each batch has its own batch-norm statistics
     logits_l, rep_l = student(images_l)  # [A, C, h, w], [A, D, h, w]
     logits_u, rep_u = student(images_u)  # [B, C, h, w], [B, D, h, w]
     full_l, full_u = (upsample(logits, label_l.shape[-2:]) for logits in (logits_l, logits_u))
