@@ -53,6 +53,8 @@ def start(processes: int, *words) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # the suite itself may run under nohup, and its children would ignore it, too
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 
