@@ -99,7 +99,7 @@ def describe_recipes(recipes: Recipes) -> dict[str, str]:
         values = {dataset: text(recipe[name]) for dataset, recipe in recipes.items()}
         common = max(values.values(), key=list(values.values()).count)
         special = [f"{dataset}: {value}" for dataset, value in values.items() if value != common]
-        described[name] = ", ".join([*special, f"others: {common}"])
+        described[name] = ", ".join([*special, f"others: {common}"]) if special else common
     return described
 
 
