@@ -59,6 +59,11 @@ PAPER = dict(
     num_labeled=0,
     num_workers=None,  # by the number of cores
 )
+# What differs from the paper's method on data that the paper has not seen; --paper undoes it
+OURS = dict(balanced_sampling=True, class_balance=0.5, paste_labels=True, average_statistics=True)
+PAPER |= dict(
+    balanced_sampling=False, class_balance=0.0, paste_labels=False, average_statistics=False
+)
 
 
 # ------------------------------------------------------------------------- streets, drawn in memory
@@ -76,6 +81,7 @@ DATASETS["street"] = DataSet(
     # 64x64 images, no pretrained weights, five minutes on two cores: a small network with small
     # strides, a higher rate, and small crops (three quarters of the time of whole images)
     PAPER
+    | OURS
     | dict(
         backbone="test_resnet",
         pretrained=False,
@@ -138,6 +144,7 @@ DATASETS["camvid"] = DataSet(
     list_camvid,
     # images of 480x360 on a laptop: a small pretrained network
     PAPER
+    | OURS
     | dict(
         backbone="tf_efficientnet_lite0.in1k",
         channels=64,
@@ -320,7 +327,7 @@ DATASETS["sun"] = DataSet(
 
 # -------------------------------------------------------------------------------- a user's own data
 DATASETS["folder"] = DataSet(
-    Source("folder", [], [], own_files=True), read_folder, PAPER | dict(batch_size=8)
+    Source("folder", [], [], own_files=True), read_folder, PAPER | OURS | dict(batch_size=8)
 )
 
 

@@ -154,24 +154,35 @@ class MeanTeacher:
     """The exponential moving average of the student's parameters (Tarvainen & Valpola 2017; paper,
     section 3.3).
 
-    Only parameters are averaged: decay at update t = 0, 1, ... is min(1 - 1/(t + 1), `decay`), so
-    the first update copies the student. The batch-norm statistics are the teacher's own: it is in
-    train mode when it labels, in eval mode when it is evaluated.
+    The decay at update t = 0, 1, ... is min(1 - 1/(t + 1), `decay`), so the first update copies the
+    student. In the paper only parameters are averaged, and the teacher is in train mode when it
+    labels, so its batch-norm statistics are its own. average_statistics: they are averaged too, and
+    the teacher is always in eval mode.
 
     model  what is evaluated and saved
     label  the same network for labelling a batch, compiled on request"""
 
-    def __init__(self, student: nn.Module, decay: float = 0.99, compiled: bool = False):
-        self.model = copy.deepcopy(student).requires_grad_(False).train()
+    def __init__(
+        self,
+        student: nn.Module,
+        decay: float = 0.99,
+        compiled: bool = False,
+        average_statistics: bool = False,
+    ):
+        self.model = copy.deepcopy(student).requires_grad_(False).train(not average_statistics)
         self.label = torch.compile(self.model) if compiled else self.model
-        self.decay, self.step = decay, 0
+        self.decay, self.step, self.average_statistics = decay, 0, average_statistics
 
     @torch.no_grad()
     def update(self, student: nn.Module, statistics: bool = False) -> None:
         """Move towards the student. statistics: copy its batch-norm statistics as well (during
         warm-up the teacher sees no images)."""
         decay = min(1 - 1 / (self.step + 1), self.decay)
-        torch._foreach_lerp_(list(self.model.parameters()), list(student.parameters()), 1 - decay)
+        mine, theirs = list(self.model.parameters()), list(student.parameters())
+        if self.average_statistics:
+            mine += [b for b in self.model.buffers() if b.is_floating_point()]
+            theirs += [b for b in student.buffers() if b.is_floating_point()]
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
         self.step += 1
         if statistics:
             for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):

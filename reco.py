@@ -15,16 +15,21 @@ from torch.nn import functional as F
 from inputs.files import IGNORE
 
 
-def supervised_loss(logits: Tensor, label: Tensor) -> Tensor:
+def supervised_loss(logits: Tensor, label: Tensor, balance: float = 0.0) -> Tensor:
     """Mean cross-entropy over the labelled pixels; 0 if there are none.
 
-    logits [B, C, H, W]; label [B, H, W] int64, 255 = ignored."""
-    total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
+    logits [B, C, H, W]; label [B, H, W] int64, 255 = ignored; balance: see `class_weights`."""
+    weight = class_weights(label, logits.shape[1], balance)
+    total = F.cross_entropy(logits, label, weight, ignore_index=IGNORE, reduction="sum")
     return total / mean_count(label != IGNORE)
 
 
 def unsupervised_loss(
-    logits: Tensor, target: Tensor, confidence: Tensor, strong_threshold: float
+    logits: Tensor,
+    target: Tensor,
+    confidence: Tensor,
+    strong_threshold: float,
+    balance: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy with pseudo-labels, each image weighted by its share of confident pixels
     (paper, section 3.3).
@@ -32,12 +37,33 @@ def unsupervised_loss(
     logits [B, C, H, W]; target [B, H, W] int64, 255 = ignored; confidence [B, H, W]. The loss is
     the mean of eta * cross-entropy over the pixels of the batch whose cross-entropy is positive, 0
     without any; eta [B] = pixels of confidence >= strong_threshold / pixels that are not ignored.
-    Returns both."""
+    balance: see `class_weights`. Returns loss and eta."""
     confident = (confidence >= strong_threshold).sum(dim=(1, 2))
     eta = confident / (target != IGNORE).sum(dim=(1, 2)).clamp_min(1)
-    cross_entropy = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
+    weight = class_weights(target, logits.shape[1], balance)
+    options = dict(ignore_index=IGNORE, reduction="none")
+    cross_entropy = F.cross_entropy(logits, target, weight, **options)
     total = (eta[:, None, None] * cross_entropy).sum()
     return total / mean_count(cross_entropy > 0), eta
+
+
+def class_weights(label: Tensor, num_classes: int, balance: float) -> Tensor | None:
+    """The weight of each class in the cross-entropy, [C]: share^-balance, where share is that of
+    the class in the labelled pixels of the global batch; scaled so that a pixel weighs 1 on average
+    (not in the paper). None for balance 0: all pixels weigh the same. At 1 all classes do."""
+    if not balance:
+        return None
+    share = add_up(class_shares(label, num_classes)) / world_size()
+    weight = share.clamp_min(1e-6) ** -balance
+    return weight / (share * weight).sum().clamp_min(1e-6)
+
+
+def class_shares(label: Tensor, num_classes: int) -> Tensor:
+    """The share of each class in the labelled pixels of a batch [B, H, W], [C]."""
+    flat = label.flatten()
+    count = torch.zeros(IGNORE + 1, device=label.device)
+    count = count.scatter_add_(0, flat, torch.ones_like(flat, dtype=count.dtype))[:num_classes]
+    return count / count.sum().clamp_min(1)
 
 
 def mean_count(mask: Tensor) -> Tensor:

@@ -18,7 +18,15 @@ import train_supervised
 from data import RECIPES, load_source
 from engine import checkpoint
 from engine.loaders import Loader, training_loader, validation_loader
-from engine.options import natural, parse, reco_options, share, size, training_parser
+from engine.options import (
+    describe_recipes,
+    natural,
+    parse,
+    reco_options,
+    share,
+    size,
+    training_parser,
+)
 from engine.processes import launch
 from engine.record import Record
 from engine.setup import new_optimizer, start_accelerator, start_step
@@ -34,15 +42,22 @@ from inputs.transforms import (
     to_float,
     upsample,
 )
-from mixing import STRATEGIES, mix
+from mixing import STRATEGIES, mix, paste
 from models import MeanTeacher, new_model
-from reco import reco_loss, supervised_loss, unsupervised_loss
+from reco import class_shares, reco_loss, supervised_loss, unsupervised_loss
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(__doc__, "train_semi.py", RECIPES)
     add = parser.add_argument_group("mean teacher and mixing").add_argument
     add("--mixing-strategy", choices=STRATEGIES, default="classmix", help="how images are mixed")
+    add(
+        "--paste-labels",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="paste the rare classes of labelled images into the mixed ones "
+        f"({describe_recipes(RECIPES)['paste_labels']})",
+    )
     add("--weak-threshold", type=share, default=0.7, help="ReCo ignores pseudo-labels below it")
     add(
         "--labeled-batch-size",
@@ -81,19 +96,25 @@ def strong_view(
     rng: np.random.Generator,
     partial: bool,
     fill: Tensor,
+    labelled: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The student's view of pseudo-labelled images: scale, crop, mixing, colour, blur, flip.
+    """The student's view of pseudo-labelled images: scale, crop, mixing, pasting, colour, blur,
+    flip.
 
     images [B, 3, H, W]; label, confidence and known [B, H, W]. Pixels of known classes (partial
     labels; 255 = unknown) replace the pseudo-label, with confidence 1. fill [3, 1, 1] is the
-    colour that CutOut paints. Returns the four at the size of the crop."""
+    colour that CutOut paints. labelled: crops [A, 3, h, w] and their labels [A, h, w] to paste
+    from; partial labels are not pasted. Returns the four at the size of the crop."""
     maps = (label, IGNORE, False), (confidence, 0.0, False), (known, IGNORE, partial)
     view = batch_scale_crop(images, maps, tuple(args.crop_size), tuple(args.scale), rng)
     images, label, confidence, known = view
     label = torch.where(known != IGNORE, known, label)
     confidence = torch.where(known != IGNORE, 1.0, confidence)
-    images, *maps = mix(images, label, confidence, args.mixing_strategy, fill, known)
-    return augment(images, maps, rng)
+    view = mix(images, label, confidence, args.mixing_strategy, fill, known)
+    images, label, confidence, known = view
+    if args.paste_labels and not partial:
+        images, label, confidence = paste(images, label, confidence, *labelled)
+    return augment(images, (label, confidence, known), rng)
 
 
 @torch.no_grad()
@@ -146,19 +167,21 @@ def train_step(
     # 1. move to the device, augment the labelled images
     images_l, images_u = (to_float(batch[0], accelerator.device) for batch in (batch_l, batch_u))
     label_l, known_u = (to_device(b[1], accelerator.device).long() for b in (batch_l, batch_u))
+    labelled = images_l, label_l
     images_l, label_l = augment(images_l, [label_l], rng)
 
     # 2. the teacher's pseudo-labels, and a strong view for the student
     pseudo = pseudo_label(teacher, images_u, accelerator)
-    view = images_u, *pseudo, known_u, args, rng, partial, teacher.model.mean[0]
+    view = images_u, *pseudo, known_u, args, rng, partial, teacher.model.mean[0], labelled
     images_u, label_u, confidence, known_u = strong_view(*view)
 
     # 3. supervised and unsupervised loss; each batch has its own batch-norm statistics
     logits_l, rep_l = student(images_l)  # [A, C, h, w], [A, D, h, w]
     logits_u, rep_u = student(images_u)  # [B, C, h, w], [B, D, h, w]
     full_l, full_u = (upsample(logits, label_l.shape[-2:]) for logits in (logits_l, logits_u))
-    supervised = supervised_loss(full_l, label_l)
-    unsupervised, eta = unsupervised_loss(full_u, label_u, confidence, args.reco_threshold)
+    supervised = supervised_loss(full_l, label_l, args.class_balance)
+    pseudo_labelled = full_u, label_u, confidence, args.reco_threshold, args.class_balance
+    unsupervised, eta = unsupervised_loss(*pseudo_labelled)
     loss, stats = supervised + unsupervised, {}
 
     # 4. ReCo on both batches
@@ -186,8 +209,10 @@ def train_step(
         "teacher/share above weak threshold": (confidence >= args.weak_threshold).float().mean(),
         "teacher/share above strong threshold": (confidence >= args.reco_threshold).float().mean(),
     }
+    pairs = {"labels": label_l, "pseudo-labels": pseudo[0]}.items()
+    shares = {name: class_shares(label, logits_l.shape[1]) for name, label in pairs}
     to_plot = dict(images=[images_l, images_u], label=[label_l, label_u], reco=stats)
-    return curves, to_plot | dict(confidence=[label_l != IGNORE, confidence])
+    return curves, to_plot | dict(confidence=[label_l != IGNORE, confidence], shares=shares)
 
 
 def training_loaders(
@@ -197,7 +222,8 @@ def training_loaders(
     # partial labels: twice as many labelled images (not in the paper), as in supervised training,
     # since mixing cuts up the few known pixels of the unlabelled batch
     number = args.labeled_batch_size or args.batch_size * (2 if split.partial else 1)
-    labelled = dict(batch_size=number, stream=0, scale=args.scale)
+    balanced = args.balanced_sampling
+    labelled = dict(batch_size=number, stream=0, scale=args.scale, balanced=balanced)
     # strong_view scales these, after the teacher has seen them
     unlabelled = dict(batch_size=args.batch_size, stream=1, scale=(1.0, 1.0))
     common = args, accelerator, start
@@ -220,7 +246,8 @@ def main() -> None:
     state = checkpoint.load_state(folder) if args.resume else None
     model, config = new_model(args, source, accelerator, fresh=state is None)
     optimizer = new_optimizer(args, model)
-    teacher = MeanTeacher(model, compiled=args.compile)
+    averaged = dict(average_statistics=args.average_statistics)
+    teacher = MeanTeacher(model, compiled=args.compile, **averaged)
     student, optimizer = accelerator.prepare(model, optimizer)  # `model`, wrapped
 
     # the run folder, or with --resume its state; the loaders

@@ -56,7 +56,8 @@ def train_step(
 
     # 2. supervised loss
     logits, rep = student(images)  # [B, C, h, w], [B, D, h, w]
-    supervised = supervised_loss(upsample(logits, label.shape[-2:]), label)
+    full = upsample(logits, label.shape[-2:])
+    supervised = supervised_loss(full, label, args.class_balance)
     loss, stats = supervised, {}
 
     # 3. ReCo on the labelled pixels
@@ -64,7 +65,7 @@ def train_step(
         small = (shrink_known if partial else shrink_label)(label, rep.shape[-2:])  # [B, h, w]
         prob = logits.detach().softmax(dim=1)
         contrast, stats = reco_loss(rep, small, prob, small != IGNORE, **reco_options(args))
-        loss = supervised + args.reco_weight * contrast
+        loss = loss + args.reco_weight * contrast
         stats |= dict(loss=contrast, rep_size=rep.shape[-2:])
 
     # 4. update the student
@@ -81,6 +82,7 @@ def training_loaders(
     """The loader of the labelled batches, from step `start` on."""
     options = dict(batch_size=args.batch_size, stream=0, scale=args.scale)
     common = args, accelerator, start
+    options["balanced"] = args.balanced_sampling
     return [training_loader("labelled", source, split.labelled, *common, **options)]
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from engine import processes
 from inputs.errors import UserError
 from inputs.files import IGNORE
-from inputs.labels import partial_label
+from inputs.labels import partial_label, shown_classes
 from inputs.source import Sample, Source, is_sparse
 from inputs.transforms import random_scale_crop, reflect_pad
 
@@ -32,8 +32,8 @@ LOST = re.compile(
 @dataclass
 class TrainingCrops(Dataset):
     """Random scale and crop of image and label at training resolution; with `label_ratio`, only a
-    few pixels keep their label. An item is a pure function of its key (index, seed of its draws),
-    in any process."""
+    few pixels keep their label. An item is a pure function of its key (index, seed of its draws,
+    class that the crop must show or -1), in any process."""
 
     source: Source
     samples: list[Sample]
@@ -45,16 +45,20 @@ class TrainingCrops(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Tensor, int]:
         """Image uint8 [3, h, w], label uint8 [h, w] (255 = not labelled), index."""
-        index, seed = key
+        index, seed, wanted = key
         sample = self.samples[index]
         image, label = self.source.read(sample)
         if self.label_ratio:
             kept = partial_label(label.numpy(), self.label_ratio, self.seed, sample.name)
             label = torch.from_numpy(kept)
         sparse = bool(self.label_ratio) or (self.source.own_files and is_sparse(label))
-        view = self.crop, self.scale, np.random.default_rng(seed)
+        rng, around = np.random.default_rng(seed), None
+        pixels = (label == wanted).nonzero() if wanted >= 0 else ()
+        if len(pixels):
+            around = pixels[rng.integers(len(pixels))].tolist()
+        view = self.crop, self.scale, rng, around
         return *random_scale_crop(image, [(label, IGNORE, sparse)], *view), index
 
 
@@ -85,10 +89,14 @@ class EvaluationImages(Dataset):
 # -------------------------------------------------------------------------------------------- order
 @dataclass
 class StepSampler:
-    """Batches of (index, seed) for TrainingCrops, one per micro-step from `start` to `stop` (see
-    `training_loader`). `length` images are drawn with replacement, as a pure function of (seed,
-    stream, micro-step). Every rank draws the same global batch and takes its share, so the order
-    survives a crash and does not depend on the number of loader processes."""
+    """Batches of (index, seed, class or -1) for TrainingCrops, one per micro-step from `start` to
+    `stop` (see `training_loader`). `length` images are drawn with replacement, as a pure function
+    of (seed, stream, micro-step). Every rank draws the same global batch and takes its share, so
+    the order survives a crash and does not depend on the number of loader processes.
+
+    shown  bool [length, C], whether each label holds each class: draw a class, then an image that
+           holds it, all with the same probability (not in the paper; after DAFormer, Hoyer et al.
+           2022)"""
 
     length: int
     batch_size: int
@@ -98,20 +106,26 @@ class StepSampler:
     stream: int
     rank: int = 0
     world: int = 1
+    shown: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         return map(self.batch, range(self.start, self.stop))
 
-    def batch(self, number: int) -> list[tuple[int, int]]:
-        """(index, seed) of each image of a micro-step."""
+    def batch(self, number: int) -> list[tuple[int, int, int]]:
+        """(index, seed, class or -1) of each image of a micro-step."""
         rng = np.random.default_rng([self.seed, self.stream, number])
         total = self.batch_size * self.world
         index, seeds = rng.integers(self.length, size=total), rng.integers(2**63, size=total)
+        classes = np.full(total, -1)
+        if self.shown is not None:
+            classes = rng.choice(np.flatnonzero(self.shown.any(axis=0)), size=total)
+            index = np.array([rng.choice(np.flatnonzero(self.shown[:, c])) for c in classes])
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        return list(zip(index[mine].tolist(), seeds[mine].tolist(), strict=True))
+        keys = index[mine].tolist(), seeds[mine].tolist(), classes[mine].tolist()
+        return list(zip(*keys, strict=True))
 
 
 class PassSampler:
@@ -240,10 +254,12 @@ def training_loader(
     batch_size: int,
     stream: int,
     scale: tuple[float, float],
+    balanced: bool = False,
 ) -> Loader:
     """Batches (image uint8 [B, 3, h, w], label uint8 [B, h, w], index [B]) of `batch_size` images
     per process, one for each of the `gradient_accumulation_steps` micro-steps of every step from
-    `start` on. Loaders of one run differ in `stream`, which seeds their draws."""
+    `start` on. Loaders of one run differ in `stream`, which seeds their draws. balanced: every
+    class is shown equally often (see StepSampler)."""
     crop, scale = tuple(args.crop_size), tuple(scale)
     crops = TrainingCrops(source, samples, crop, scale, args.label_ratio, args.seed)
     micro_steps = accelerator.gradient_accumulation_steps
@@ -256,6 +272,7 @@ def training_loader(
         stream,
         accelerator.process_index,
         accelerator.num_processes,
+        shown_classes(source, samples) if balanced else None,
     )
     pin_memory = accelerator.device.type == "cuda"
     return Loader(name, crops, sampler, args.num_workers, pin_memory)

@@ -27,6 +27,8 @@ VIT_LR_SCALE = 1 / 40
 # Options that may differ on --resume, since they do not change the result
 HARMLESS = {"resume", "out_dir", "num_workers", "save_interval", "log_interval", "log_with"}
 HARMLESS |= {"cache_dir", "data_path", "init_from"}
+# Recipe entries that are not the paper's method in every recipe
+METHOD = ("balanced_sampling", "class_balance", "paste_labels", "average_statistics")
 NOT_GIVEN = object()
 STEPS = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
@@ -81,6 +83,7 @@ def training_parser(description: str | None, script: str, recipes: Recipes) -> P
     add_data_options(parser.add_argument_group("data").add_argument, list(recipes), by)
     add_model_options(parser.add_argument_group("model").add_argument, by)
     add_reco_options(parser.add_argument_group("regional contrast (ReCo)").add_argument)
+    add_class_options(parser.add_argument_group("rare classes").add_argument, by)
     add_optimisation_options(parser.add_argument_group("optimisation").add_argument, by)
     add_run_options(parser.add_argument_group("run").add_argument, by)
     return parser
@@ -116,6 +119,13 @@ def add_data_options(add, datasets: list[str], by: dict[str, str]) -> None:
         choices=datasets,
         help="use the defaults of this data set (street: small images and a small network from "
         "random weights; default: --dataset)",
+    )
+    add(
+        "--paper",
+        action="store_true",
+        help="the paper's method on any data: without --balanced-sampling, --class-balance, "
+        "--paste-labels, and with the teacher's own batch-norm statistics (cityscapes, pascal and "
+        "sun have it anyway)",
     )
     add(
         "--num-labeled",
@@ -231,6 +241,23 @@ def add_reco_options(add) -> None:
         "--reco-random-keys",
         action="store_true",
         help="ablation: negative keys from all other classes equally, not by the class relations",
+    )
+
+
+def add_class_options(add, by: dict[str, str]) -> None:
+    add(
+        "--balanced-sampling",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="draw labelled images and crops so that every class is shown equally often "
+        f"({by['balanced_sampling']})",
+    )
+    add(
+        "--class-balance",
+        type=share,
+        metavar="X",
+        help="weight of a class in the cross-entropy: 0 = by its pixels, 1 = all the same, between "
+        f"them (its share of the pixels)^-X ({by['class_balance']})",
     )
 
 
@@ -376,6 +403,8 @@ def fill_from_recipe(args: argparse.Namespace, recipes: Recipes) -> None:
         seen = {k: before[k] for k in ("crop_size", "scale", "max_size") if k in before}
     recipe = recipes[args.recipe or args.dataset] | seen
     recipe["num_labeled"] = recipes[args.dataset]["num_labeled"]
+    if args.paper:
+        recipe |= {name: recipes["cityscapes"][name] for name in METHOD}
     if args.label_ratio or args.labeled_list:
         recipe["num_labeled"] = 0
     if recipe["num_workers"] is None:  # shared by the processes of a node and by the loaders

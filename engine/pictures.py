@@ -62,6 +62,7 @@ def spread_indices(length: int, number: int) -> list[int]:
 def draw_validation(network: nn.Module, images, palette, device) -> Figure:
     """The same four images each time, with truth, prediction and confidence. `images`: a data set
     of (image uint8 [3, H, W], label uint8 [H, W], size [2])."""
+    training = network.training
     network.eval()
     rows = []
     for index in spread_indices(len(images), 4):
@@ -70,7 +71,7 @@ def draw_validation(network: nn.Module, images, palette, device) -> Figure:
         confidence, prediction = prob[0].max(dim=0)
         painted = [paint(label, palette), paint(prediction.cpu(), palette)]
         rows.append([image, *painted, confidence.float().cpu()])
-    network.train()
+    network.train(training)
     return draw_grid(rows, ["image", "truth", "prediction", "confidence"])
 
 
@@ -120,6 +121,7 @@ def add_embedding(writer: SummaryWriter, network: nn.Module, images, source, dev
     """Write the representations of a few hundred pixels, coloured by class, for the projector."""
     generator = torch.Generator().manual_seed(0)
     vectors, classes = [], []
+    training = network.training
     network.eval()
     for index in spread_indices(len(images), 24):
         image, label, _ = images[index]
@@ -132,7 +134,7 @@ def add_embedding(writer: SummaryWriter, network: nn.Module, images, source, dev
             pixels = pixels[torch.randperm(len(pixels), generator=generator)[:4]]
             vectors.append(rep.flatten(1)[:, pixels].T)
             classes += [c] * len(pixels)
-    network.train()
+    network.train(training)
     if not classes:  # none of these images has a labelled pixel
         return
     colours = torch.tensor([source.palette[c] for c in classes]) / 255

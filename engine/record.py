@@ -132,7 +132,7 @@ class Record:
         whatever is due: log, validate, plot, save, stop."""
         if not self.bar:
             self.open()
-        curves = curves | reco_curves(to_plot["reco"])
+        curves = curves | reco_curves(to_plot["reco"]) | self.share_curves(to_plot)
         values = torch.stack([value.detach() for value in curves.values()])
         self.pending.append((self.step, tuple(curves), values))  # on the device until they are due
         if not self.accelerator.sync_gradients:  # more micro-steps follow
@@ -154,6 +154,14 @@ class Record:
         self.since += time.monotonic() - entered  # exclude this time from images/s
         if stop and self.step < self.args.iterations:
             self.leave(stop)
+
+    def share_curves(self, to_plot: dict) -> dict[str, Tensor]:
+        """The share of each class in the labels of a step, and in its pseudo-labels."""
+        return {
+            f"share/{name}, {of}": share
+            for of, shares in to_plot.get("shares", {}).items()
+            for name, share in zip(self.source.classes, shares, strict=True)
+        }
 
     def is_due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.args.iterations

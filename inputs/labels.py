@@ -121,6 +121,14 @@ def inspect_label(source: Source, sample: Sample) -> dict:
     }
 
 
+def shown_classes(source: Source, samples: list[Sample]) -> np.ndarray:
+    """Whether each label holds each class, bool [N, C]."""
+    shown = np.zeros((len(samples), len(source.classes)), bool)
+    for row, entry in zip(shown, label_index(source, samples), strict=True):
+        row[entry["classes"]] = True
+    return shown
+
+
 # --------------------------------------------------------------------------- labelled images
 def labelled_split(source: Source, number: int, seed: int, quiet: bool = True) -> list[Sample]:
     """`number` training images that together show every class (paper, section 4.1), chosen by

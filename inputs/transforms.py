@@ -122,18 +122,26 @@ def random_scale_crop(
     crop: tuple[int, int],
     scale: tuple[float, float],
     rng: np.random.Generator,
+    around: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Scale an image and its maps by one uniform factor, then crop them at one uniform position.
 
-    image  [3, H, W] uint8 or float: bilinear with antialiasing
-    maps   [H, W] each: nearest
+    image   [3, H, W] uint8 or float: bilinear with antialiasing
+    maps    [H, W] each: nearest
+    around  (row, column) of a pixel that the crop must hold
     If the scaled image is smaller than the crop, it is padded on the right and below by reflection,
     a map by its value. Returns the image and the maps at the size of the crop.
     """
     factor = rng.uniform(*scale)
     height, width = (max(1, int(side * factor)) for side in image.shape[-2:])
-    top = int(rng.integers(max(height - crop[0], 0) + 1))
-    left = int(rng.integers(max(width - crop[1], 0) + 1))
+    corner = []
+    for axis, side in enumerate((height, width)):
+        first, last = 0, max(side - crop[axis], 0)
+        if around:
+            pixel = min(int((around[axis] + 0.5) * factor), side - 1)
+            first, last = max(pixel - crop[axis] + 1, 0), min(pixel, last)
+        corner.append(int(rng.integers(first, last + 1)))
+    top, left = corner
     window = (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
     missing = (0, max(crop[1] - width, 0), 0, max(crop[0] - height, 0))
     cropped = [reflect_pad(resize_image(image, (height, width)), *crop)[window]]

@@ -87,6 +87,19 @@ def test_teacher_averages_only_parameters():
     assert not any(p.requires_grad for p in teacher.model.parameters())
 
 
+def test_teacher_with_averaged_statistics():
+    student = torch.nn.BatchNorm1d(2)
+    teacher = MeanTeacher(student, average_statistics=True)
+    for value, decay in ((4.0, 0.0), (8.0, 0.5), (2.0, 2 / 3)):
+        expected = decay * teacher.model.running_mean + (1 - decay) * value
+        student.running_mean.fill_(value)
+        student.weight.data.fill_(value)
+        teacher.update(student)
+        torch.testing.assert_close(teacher.model.running_mean, expected)
+        torch.testing.assert_close(teacher.model.weight, expected)
+    assert not teacher.model.training  # labels do not depend on the other images of a batch
+
+
 def test_decoder_at_stride_2():
     shape = dict(channels=16, low_channels=8, aspp_rates=(1, 2, 3))
     model = DeepLabV3Plus(4, "test_resnet", None, False, output_stride=8, decoder_stride=2, **shape)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from reco import reco_loss, supervised_loss, unsupervised_loss  # noqa: E402
+from reco import class_shares, reco_loss, supervised_loss, unsupervised_loss  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "reco_loss.npz"
 
@@ -126,11 +126,29 @@ def test_golden_unsupervised_loss():
     assert abs(loss.item() - float(golden["loss"])) < 1e-6 and eta.shape == (3,)
 
 
-def test_losses_of_an_ignored_batch_are_zero_and_connected():
+def test_balanced_classes():
+    """At 1, every class has the same part of both losses; between, the root of its pixels."""
+    label = torch.zeros(1, 10, 10, dtype=torch.int64)
+    label[0, 0, :4], label[0, 1, 0], label[0, 9] = 2, 3, 255  # 85, 0, 4, 1 pixels and 10 ignored
+    logits = torch.randn(1, 4, 10, 10, requires_grad=True)
+    losses = F.cross_entropy(logits, label, ignore_index=255, reduction="none")
+    means = [losses[label == c].mean() for c in (0, 2, 3)]
+    sure = (label != 255).float()
+    for balance, parts in ((0.0, (85, 4, 1)), (0.5, (85**0.5, 2, 1)), (1.0, (1, 1, 1))):
+        expected = sum(n * mean for n, mean in zip(parts, means, strict=True)) / sum(parts)
+        torch.testing.assert_close(supervised_loss(logits, label, balance), expected)
+        torch.testing.assert_close(
+            unsupervised_loss(logits, label, sure, 0.9, balance)[0], expected
+        )
+    assert class_shares(label, 4).tolist() == pytest.approx([85 / 90, 0, 4 / 90, 1 / 90])
+
+
+@pytest.mark.parametrize("balance", [0, 0.5])
+def test_losses_of_an_ignored_batch_are_zero_and_connected(balance):
     logits = torch.randn(2, 3, 5, 5, requires_grad=True)
     label = torch.full((2, 5, 5), 255)
-    unsupervised, _ = unsupervised_loss(logits, label, torch.zeros(2, 5, 5), 0.97)
-    loss = unsupervised + supervised_loss(logits, label)
+    unsupervised, _ = unsupervised_loss(logits, label, torch.zeros(2, 5, 5), 0.97, balance)
+    loss = unsupervised + supervised_loss(logits, label, balance)
     loss.backward()
     assert loss.item() == 0 and logits.grad.eq(0).all()
 

@@ -27,7 +27,7 @@ class Step:
     done with them."""
 
     def __init__(self, *words, known=None, sure=4.0, partial=False, side=16, seed=0, sync=True):
-        args = train_semi.parse_options(["--scale", "1", "1", *words])
+        args = train_semi.parse_options(["--paper", "--scale", "1", "1", *words])
         args.crop_size = [16, 16]
         self.events, self.seen, self.out = [], [], []
         torch.manual_seed(0)
@@ -165,6 +165,24 @@ def test_what_the_student_sees(strategy):
 
 
 @pytest.mark.usefixtures("without_colour")
+def test_labelled_pixels_are_pasted_before_the_flip():
+    """Into full labels alone; what is pasted has its label and confidence 1, and the labelled batch
+    itself does not change."""
+    pasted = []
+    for partial in (False, True):
+        words = "--paste-labels", "--mixing-strategy", "none", "--reco-threshold", "1"
+        step, plain = (Step(*w, partial=partial, sure=0.1) for w in (words, words[1:]))
+        assert all(map(torch.equal, step.seen[0], plain.seen[0]))
+        certain = step.confidence[2:] == 1
+        pasted.append(certain.float().mean())
+        seen, label = step.seen[1], step.label[2:]
+        one = (seen == seen.amax(1, keepdim=True)).sum(1) == 1
+        assert torch.equal(seen.argmax(1)[one], label[one])
+        assert (seen != plain.seen[1]).any() == certain.any()
+    assert 0 < pasted[0] < 1 / 2 and pasted[1] == 0  # one of three classes
+
+
+@pytest.mark.usefixtures("without_colour")
 def test_what_supervised_training_sees():
     """Labels are mirrored with their images."""
     args = train_supervised.parse_options([])
@@ -293,7 +311,7 @@ def test_the_loaders_of_a_run():
         for loader, scale in zip(loaders(seed), [(0.5, 1.5), (1.0, 1.0)], strict=True):
             assert loader.dataset.scale == scale
             loader.dataset.crop, loader.dataset.scale = (64, 64), (1.0, 1.0)
-            label = kept[seed] = loader.dataset[5, 0][1]
+            label = kept[seed] = loader.dataset[5, 0, -1][1]
             full = source.read(source.train[5])[1]
             assert (label != IGNORE).sum() == len(full.unique())
     assert not torch.equal(kept[0], kept[1])

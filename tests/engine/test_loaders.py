@@ -75,21 +75,59 @@ def test_batches_are_a_function_of_seed_stream_and_step():
     first, second = (steps(0, 10, rank, 2, batch=3) for rank in range(2))
     joined = [a + b for a, b in zip(first, second, strict=True)]
     assert joined == whole  # two processes share one global batch
-    drawn = np.bincount([index for batch in steps(0, 500) for index, _ in batch], minlength=50)
+    drawn = np.bincount([index for batch in steps(0, 500) for index, _, _ in batch], minlength=50)
     assert np.abs(drawn - 60).max() < 5 * 60**0.5
-    assert len({seed for batch in whole for _, seed in batch}) == 60
+    assert len({seed for batch in whole for _, seed, _ in batch}) == 60
+
+
+def test_every_class_is_shown_equally_often():
+    """The rarest class is in a fifth of the crops if there are five, though one image of 50 has it;
+    an absent class is never asked for."""
+    shown = np.zeros((50, 6), bool)
+    shown[:, 0], shown[::2, 1], shown[::5, 2], shown[7, 3], shown[:, 5] = (
+        True,
+        True,
+        True,
+        True,
+        True,
+    )
+    sampler = StepSampler(50, 6, 0, 500, 0, 0, shown=shown)
+    keys = [key for batch in sampler for key in batch]
+    drawn = np.bincount([wanted for _, _, wanted in keys], minlength=6)
+    assert drawn[4] == 0 and np.abs(drawn[[0, 1, 2, 3, 5]] - 600).max() < 5 * 600**0.5
+    assert all(shown[index, wanted] for index, _, wanted in keys)
+    images = np.bincount([index for index, _, wanted in keys if wanted == 0], minlength=50)
+    assert np.abs(images - drawn[0] / 50).max() < 5 * (drawn[0] / 50) ** 0.5
+    assert sampler.batch(3) == StepSampler(50, 6, 3, 4, 0, 0, shown=shown).batch(3)
+
+
+def test_a_crop_shows_the_class_that_is_asked_for(tmp_path):
+    root = trees.folder(tmp_path / "data", size=(96, 120))
+    file = next((root / "labels" / "train").iterdir())
+    label = np.zeros((96, 120), np.uint8)
+    label[90:94, 3:7] = 1
+    Image.fromarray(label).save(file)
+    source = data.load_source("folder", root)
+    sample = next(s for s in source.train if s.name == file.stem)
+    crops = TrainingCrops(source, [sample], (32, 32), (0.5, 1.5))
+    found = [(crops[0, seed, 1][1] == 1).nonzero() for seed in range(100)]
+    assert sum(len(pixels) > 0 for pixels in found) > 95  # scaling down may lose its edge
+    assert len({tuple(pixels[0].tolist()) for pixels in found if len(pixels)}) > 20
+    assert sum(bool((crops[0, seed, -1][1] == 1).any()) for seed in range(100)) < 40
+    absent = (crops[0, seed, 7] for seed in range(3))  # a class lost by scaling down: any crop
+    assert all(image.shape == (3, 32, 32) for image, _, _ in absent)
 
 
 def test_training_crops_keep_the_same_pixels():
     source = data.load_source("street", None)
     crops = TrainingCrops(source, source.train[:2], (64, 64), (1.0, 1.0), "p0", 7)
-    _, label, _ = crops[0, 1]
-    assert torch.equal(label, crops[0, 2][1])  # whatever is drawn for the crop
+    _, label, _ = crops[0, 1, -1]
+    assert torch.equal(label, crops[0, 2, -1][1])  # whatever is drawn for the crop
     full = source.read(source.train[0])[1]
     known = label != IGNORE
     assert torch.equal(label[known], full[known]) and known.sum() == len(full.unique())
     other_seed = TrainingCrops(source, source.train[:2], (64, 64), (1.0, 1.0), "p0", 8)
-    assert not torch.equal(label, other_seed[0, 1][1])
+    assert not torch.equal(label, other_seed[0, 1, -1][1])
 
 
 def test_training_crops_lose_no_known_pixel():
@@ -98,7 +136,7 @@ def test_training_crops_lose_no_known_pixel():
     crops = TrainingCrops(source, source.train[:2], (40, 40), (0.5, 0.6), "p0", 7)
     classes = set(source.read(source.train[0])[1].unique().tolist())
     for seed in range(10):
-        _, label, _ = crops[0, seed]
+        _, label, _ = crops[0, seed, -1]
         assert set(label[label != IGNORE].tolist()) == classes
 
 
@@ -111,7 +149,7 @@ def test_training_crops_keep_a_users_points(tmp_path):
     source = data.load_source("folder", root)
     sample = next(s for s in source.train if s.name == file.stem)
     crops = TrainingCrops(source, [sample], (24, 24), (0.5, 0.6))
-    assert all((crops[0, seed][1] == 1).sum() >= 16 for seed in range(10))
+    assert all((crops[0, seed, -1][1] == 1).sum() >= 16 for seed in range(10))
 
 
 @pytest.fixture

@@ -67,6 +67,23 @@ def test_the_default_rate_follows_the_global_batch(monkeypatch, capsys):
     assert parse("--batch-size", "8", "--lr", "0.3").lr == 0.3
 
 
+def test_the_papers_method_on_any_data():
+    """Published settings have it, and --paper gives it to others, whose recipe stays."""
+    off = dict(balanced_sampling=False, class_balance=0, paste_labels=False)
+    off |= dict(average_statistics=False)
+    for name in ("cityscapes", "pascal", "sun"):
+        assert RECIPES[name].items() >= off.items()
+    for script in (train_semi, train_supervised):
+        for words in ([], ["--dataset", "folder"], ["--dataset", "camvid"]):
+            ours, paper = (vars(script.parse_options([*words, *w])) for w in ([], ["--paper"]))
+            assert (
+                paper == ours | off | {"paper": True} and paper["iterations"] == ours["iterations"]
+            )
+            assert ours["balanced_sampling"] and ours["average_statistics"]
+    chosen = train_semi.parse_options(["--paper", "--paste-labels"])
+    assert chosen.paste_labels and not chosen.balanced_sampling
+
+
 def test_supervised_training_doubles_the_labelled_batch():
     supervised, semi = train_supervised.parse_options([]), train_semi.parse_options([])
     assert supervised.batch_size == 2 * semi.batch_size and supervised.lr == semi.lr
