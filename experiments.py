@@ -61,30 +61,43 @@ ABLATIONS = {  # of ClassMix + ReCo, at its rate
 MAIN = ["supervised", "ClassMix", "ClassMix + ReCo"]
 # what docs/results.md says to download, or to write, first
 CAMVID = "--dataset camvid --data-path dataset/CamVid --backbone-weights dataset/lite0.safetensors"
+PAPER = f"--paper {CAMVID}"
+TILES = "--dataset folder --data-path dataset/tiles --backbone-weights dataset/lite0.safetensors "
+TILES += "--recipe camvid --iterations 750 --val-interval 150"
 RATES = (0.01, 0.02, 0.04)
 
 
 class Setting(NamedTuple):
     options: str  # data set, labels, and what differs from the recipe
-    rates: tuple[float, ...] = ()  # to choose from; none: the choice of camvid, 20 labels
+    rates: tuple[float, ...] = ()  # to choose from; none: as in camvid, 20 labels, paper
     methods: list[str] = MAIN
 
 
 SETTINGS = {
-    "street, 20 labels": Setting("--num-labeled 20", (0.1, 0.2, 0.4)),
-    "street, p0": Setting("--label-ratio p0", (0.05, 0.1, 0.2)),
-    "camvid, 5 labels": Setting(f"{CAMVID} --num-labeled 5"),
-    "camvid, 10 labels": Setting(f"{CAMVID} --num-labeled 10"),
-    "camvid, 20 labels": Setting(f"{CAMVID} --num-labeled 20", RATES, [*METHODS, *ABLATIONS]),
+    "street, 20 labels": Setting("--num-labeled 20", (0.2,)),
+    "street, p0": Setting("--label-ratio p0", (0.2,)),
+    "camvid, 20 labels": Setting(f"{CAMVID} --num-labeled 20", (0.04,)),
+    "camvid, p0": Setting(f"{CAMVID} --label-ratio p0", (0.04,)),
+    "tiles, 30 labels": Setting(f"{TILES} --num-labeled 30", (0.04,)),
+    "tiles, 301 labels": Setting(f"{TILES} --num-labeled 0", (0.04,), ["supervised"]),
+    # the paper's method on these data
+    "street, 20 labels, paper": Setting("--paper --num-labeled 20", (0.1, 0.2, 0.4)),
+    "street, p0, paper": Setting("--paper --label-ratio p0", (0.05, 0.1, 0.2)),
+    "camvid, 5 labels, paper": Setting(f"{PAPER} --num-labeled 5"),
+    "camvid, 10 labels, paper": Setting(f"{PAPER} --num-labeled 10"),
+    "camvid, 20 labels, paper": Setting(f"{PAPER} --num-labeled 20", RATES, [*METHODS, *ABLATIONS]),
     # as many labelled images per step as in supervised training
-    "camvid, 20 labels, 8 labelled a step": Setting(
-        f"{CAMVID} --num-labeled 20 --labeled-batch-size 8",
+    "camvid, 20 labels, paper, 8 labelled a step": Setting(
+        f"{PAPER} --num-labeled 20 --labeled-batch-size 8",
         methods=["CutMix", "ClassMix", "ClassMix + ReCo"],
     ),
-    "camvid, 46 labels": Setting(f"{CAMVID} --num-labeled 46"),
-    "camvid, 100 labels": Setting(f"{CAMVID} --num-labeled 100"),
-    "camvid, 367 labels": Setting(f"{CAMVID} --num-labeled 0", (), ["supervised + ReCo", *MAIN]),
-    "camvid, p0": Setting(f"{CAMVID} --label-ratio p0", RATES),
+    "camvid, 46 labels, paper": Setting(f"{PAPER} --num-labeled 46"),
+    "camvid, 100 labels, paper": Setting(f"{PAPER} --num-labeled 100"),
+    "camvid, 367 labels, paper": Setting(
+        f"{PAPER} --num-labeled 0", (), ["supervised + ReCo", *MAIN]
+    ),
+    "camvid, p0, paper": Setting(f"{PAPER} --label-ratio p0", RATES),
+    "tiles, 30 labels, paper": Setting(f"{TILES} --paper --num-labeled 30", (0.04,)),
 }
 LOCK = threading.Lock()
 
@@ -102,7 +115,7 @@ def folder_of(name: str, method: str, rate: float, seed: int) -> Path:
 
 def choose_at(name: str, method: str) -> tuple[str, str]:
     """The setting and method whose runs decide the rate: for an ablation ClassMix + ReCo."""
-    setting = name if SETTINGS[name].rates else "camvid, 20 labels"
+    setting = name if SETTINGS[name].rates else "camvid, 20 labels, paper"
     return setting, method if method in METHODS else "ClassMix + ReCo"
 
 
@@ -220,7 +233,7 @@ def same_seeds(chosen: dict) -> dict:
 def curves(rows: list[dict]) -> dict:
     """Validation mIoU in per cent, each method at its best rate: {setting: {method: {step: its
     values over the seeds}}}."""
-    settings = ("camvid, 20 labels", "camvid, p0", "street, 20 labels")
+    settings = ("camvid, 20 labels, paper", "camvid, p0, paper", "street, 20 labels, paper")
     pairs = [(name, method) for name in settings for method in MAIN]
     chosen = chosen_runs(rows, {pair: best_rate(rows, pair) for pair in pairs})
     panels = {}
@@ -233,9 +246,9 @@ def curves(rows: list[dict]) -> dict:
 
 
 def label_curve(rows: list[dict]) -> dict:
-    """Test mIoU in per cent of "camvid, N labels": {"CamVid": {method: {N: its values over the
+    """Test mIoU in per cent of "camvid, N labels, paper": {"CamVid": {method: {N: its values over the
     seeds}}}."""
-    settings = [f"camvid, {number} labels" for number in (5, 10, 20, 46, 100, 367)]
+    settings = [f"camvid, {number} labels, paper" for number in (5, 10, 20, 46, 100, 367)]
     pairs = [(name, method) for name in settings for method in [*MAIN, "supervised + ReCo"]]
     bands = {}
     for (name, method), runs in same_seeds(chosen_runs(rows, dict.fromkeys(pairs, 0.04))).items():
@@ -302,8 +315,8 @@ FIGURES = {  # of docs/results.md
     "labels": lambda rows, file: draw_panels(
         label_curve(rows), "labelled images", "test mIoU", file
     ),
-    "camvid": lambda rows, file: draw_masks("camvid, 20 labels", 0.04, 1, file),
-    "streets": lambda rows, file: draw_masks("street, 20 labels", 0.2, 0, file),
+    "camvid": lambda rows, file: draw_masks("camvid, 20 labels, paper", 0.04, 1, file),
+    "streets": lambda rows, file: draw_masks("street, 20 labels, paper", 0.2, 0, file),
 }
 
 
@@ -311,7 +324,7 @@ FIGURES = {  # of docs/results.md
 def parse_options() -> Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    what = "data sets (street, camvid) or settings"
+    what = "data sets (street, camvid, tiles) or settings"
     add("--only", nargs="+", default=["street"], metavar="TEXT", help=what)
     names = [*METHODS, *ABLATIONS]
     add("--methods", nargs="+", choices=names, metavar="NAME", help="default: those of the setting")

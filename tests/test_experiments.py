@@ -11,7 +11,7 @@ from cli import ROOT
 from experiments import FIELDS, Setting
 from inputs.errors import UserError
 
-RECO, NAME = "ClassMix + ReCo", "street, 20 labels"
+RECO, NAME = "ClassMix + ReCo", "street, 20 labels, paper"
 TINY = "--channels 16 --crop-size 48 --batch-size 2 --num-labeled 2"
 
 
@@ -32,12 +32,12 @@ ROWS = [
     line(RECO, "0.2", 2, 0.50, 0.56),
     line(RECO, "0.2", 1, 0.50, 0.54),
     line("ClassMix", "0.1", 0, 0.40, 0.45),
-    line("random queries, active keys", "0.1", 0, 0.9, 0.9, "camvid, 20 labels"),
-    line("random queries, active keys", "0.2", 0, 0.2, 0.33, "camvid, 20 labels"),
-    line(RECO, "0.1", 0, 0.30, 0.30, "camvid, 20 labels"),
-    line(RECO, "0.2", 0, 0.35, 0.31, "camvid, 20 labels"),
-    line(RECO, "0.1", 0, 0.99, 0.99, "camvid, 5 labels"),
-    line(RECO, "0.2", 0, 0.25, 0.21, "camvid, 5 labels"),
+    line("random queries, active keys", "0.1", 0, 0.9, 0.9, "camvid, 20 labels, paper"),
+    line("random queries, active keys", "0.2", 0, 0.2, 0.33, "camvid, 20 labels, paper"),
+    line(RECO, "0.1", 0, 0.30, 0.30, "camvid, 20 labels, paper"),
+    line(RECO, "0.2", 0, 0.35, 0.31, "camvid, 20 labels, paper"),
+    line(RECO, "0.1", 0, 0.99, 0.99, "camvid, 5 labels, paper"),
+    line(RECO, "0.2", 0, 0.25, 0.21, "camvid, 5 labels, paper"),
     line("supervised", "0.1", 0, 0.5, 0.5, "a setting of the past"),
 ]
 
@@ -53,9 +53,9 @@ def chosen_runs() -> dict:
 def test_the_rate_is_chosen_on_validation_images_at_seed_0():
     chosen = chosen_runs()
     assert [(r["lr"], r["seed"]) for r in chosen[NAME, RECO]] == [("0.2", s) for s in "012"]
-    ablation = chosen["camvid, 20 labels", "random queries, active keys"]
+    ablation = chosen["camvid, 20 labels, paper", "random queries, active keys"]
     assert [row["test miou"] for row in ablation] == ["0.33"]  # at the rate of ClassMix + ReCo
-    five = chosen["camvid, 5 labels", RECO]
+    five = chosen["camvid, 5 labels, paper", RECO]
     assert [row["test miou"] for row in five] == ["0.21"]  # at the rate of 20 labels
     assert all("past" not in name for name, _ in chosen)
 
@@ -89,7 +89,7 @@ def test_test_scores_are_grouped_by_method_and_labels():
 
 
 def test_command_lines_name_what_decides_the_result():
-    name = "camvid, 20 labels, 8 labelled a step"
+    name = "camvid, 20 labels, paper, 8 labelled a step"
     words = experiments.arguments_of(name.removesuffix(", 8 labelled a step"), "supervised", 0.2, 1)
     assert words[0] == "train_supervised.py" and "--labeled-batch-size" not in words
     semi = experiments.arguments_of(name, RECO, 0.2, 1)
@@ -108,7 +108,7 @@ def test_figures_of_the_committed_results(tmp_path, monkeypatch):
     assert {row["machine"] for row in rows} == {"CPU core", "H100", "H200"}
     monkeypatch.setattr("sys.argv", [*command[:-1], "camvid"])
     monkeypatch.setattr(experiments, "RUNS", tmp_path)
-    with pytest.raises(UserError, match="camvid-20-labels-supervised-lr0"):
+    with pytest.raises(UserError, match="camvid-20-labels-paper-supervised-lr0"):
         experiments.main()
     (tmp_path / "results.csv").unlink()
     monkeypatch.setattr("sys.argv", command)
@@ -164,9 +164,11 @@ def test_the_table_shows_what_was_asked_for(tmp_path, monkeypatch):
 
     ablation = "random queries, random keys"
     assert ablation in table(
-        "--only", "camvid, 20 labels", "--lr", "0.3", "--seeds", "1", "--methods", ablation
+        "--only", "camvid, 20 labels, paper", "--lr", "0.3", "--seeds", "1", "--methods", ablation
     )
-    assert "camvid, 5 labels" in table("--only", "camvid, 5 labels", "--lr", "0.3", "--seeds", "1")
+    assert "camvid, 5 labels, paper" in table(
+        "--only", "camvid, 5 labels, paper", "--lr", "0.3", "--seeds", "1"
+    )
     better = line(RECO, "0.2", 0, 0.9, 0.9)
     experiments.add_row(tmp_path, better.values())
     experiments.add_row(tmp_path, line("ClassMix", "0.2", 0, 0.9, 0.9).values())
@@ -175,7 +177,7 @@ def test_the_table_shows_what_was_asked_for(tmp_path, monkeypatch):
     assert "ClassMix |" not in shown and "camvid" not in shown  # which was not asked for
 
 
-@pytest.mark.parametrize("name, cached", [(NAME, False), ("camvid, 20 labels", True)])
+@pytest.mark.parametrize("name, cached", [(NAME, False), ("camvid, 20 labels, paper", True)])
 def test_images_are_decoded_once_for_all_runs(name, cached, tmp_path, monkeypatch):
     commands = []
 
