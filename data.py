@@ -60,10 +60,8 @@ PAPER = dict(
     num_workers=None,  # by the number of cores
 )
 # What differs from the paper's method on data that the paper has not seen; --paper undoes it
-OURS = dict(balanced_sampling=True, class_balance=0.5, paste_labels=True, average_statistics=True)
-PAPER |= dict(
-    balanced_sampling=False, class_balance=0.0, paste_labels=False, average_statistics=False
-)
+OURS = dict(balanced_sampling=True, class_balance=0.5, average_statistics=True)
+PAPER |= dict(balanced_sampling=False, class_balance=0.0, average_statistics=False)
 
 
 # ------------------------------------------------------------------------- streets, drawn in memory

@@ -246,8 +246,8 @@ def curves(rows: list[dict]) -> dict:
 
 
 def label_curve(rows: list[dict]) -> dict:
-    """Test mIoU in per cent of "camvid, N labels, paper": {"CamVid": {method: {N: its values over the
-    seeds}}}."""
+    """Test mIoU in per cent of "camvid, N labels, paper": {"CamVid": {method: {N: its values over
+    the seeds}}}."""
     settings = [f"camvid, {number} labels, paper" for number in (5, 10, 20, 46, 100, 367)]
     pairs = [(name, method) for name in settings for method in [*MAIN, "supervised + ReCo"]]
     bands = {}

@@ -1,5 +1,4 @@
-"""CutOut, CutMix and ClassMix: three ways to mix a pseudo-labelled batch (paper, section 3.3), and
-labelled pixels pasted into it."""
+"""CutOut, CutMix and ClassMix: three ways to mix a pseudo-labelled batch (paper, section 3.3)."""
 
 import torch
 from torch import Tensor
@@ -45,24 +44,6 @@ def mix(
     return tuple(mixed)
 
 
-@torch.no_grad()
-def paste(
-    images: Tensor, labels: Tensor, confidence: Tensor, images_l: Tensor, labels_l: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Paste the rare classes of labelled images: each image takes, from one of the labelled images,
-    the pixels of half of the classes (rounded down), those with the fewest pixels (not in the
-    paper; after DACS, Tranheden et al. 2021).
-
-    images [B, 3, H, W]; labels and confidence [B, H, W]; images_l [A, 3, H, W]; labels_l
-    [A, H, W]. What is pasted has its true label and confidence 1. Returns new images, labels and
-    confidence, without GPU synchronisation."""
-    order = torch.arange(len(images), device=images.device) % len(images_l)
-    images_l, labels_l = images_l[order], labels_l[order]
-    pasted = class_mask(labels_l, rare=True)
-    images = torch.where(pasted[:, None], images_l, images)
-    return images, torch.where(pasted, labels_l, labels), torch.where(pasted, 1.0, confidence)
-
-
 def mixing_mask(labels: Tensor, strategy: str) -> Tensor:
     """[B, H, W] bool: True on the pixels that an image keeps."""
     if strategy == "classmix":
@@ -95,17 +76,14 @@ def rectangle_mask(
     return inside_rows[:, :, None] & inside_columns[:, None, :]
 
 
-def class_mask(labels: Tensor, rare: bool = False) -> Tensor:
-    """[B, H, W] bool: True on half (rounded down) of the classes in each label: a random half, or
-    with `rare` the classes with the fewest pixels."""
+def class_mask(labels: Tensor) -> Tensor:
+    """[B, H, W] bool: True on a random half (rounded down) of the classes in each label."""
     flat = labels.flatten(1).long()
-    count = torch.zeros(len(flat), IGNORE + 1, device=labels.device)
-    count.scatter_add_(1, flat, torch.ones_like(flat, dtype=count.dtype))
-    count[:, IGNORE] = 0  # not a class: never chosen
-    present = count > 0
-    # the present classes in this order, then the absent ones
-    score = -count if rare else torch.rand(count.shape, device=labels.device)
-    score = score.masked_fill(~present, -torch.inf)
+    present = torch.zeros(len(flat), IGNORE + 1, dtype=torch.bool, device=labels.device)
+    present.scatter_(1, flat, True)
+    present[:, IGNORE] = False  # not a class: always taken from the next image
+    # the present classes in random order, then the absent ones
+    score = torch.rand(present.shape, device=labels.device).masked_fill(~present, -1.0)
     rank = score.argsort(dim=1, descending=True).argsort(dim=1)
     chosen = present & (rank < present.sum(dim=1, keepdim=True) // 2)
     return chosen.gather(1, flat).view_as(labels)

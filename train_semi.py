@@ -19,7 +19,6 @@ from data import RECIPES, load_source
 from engine import checkpoint
 from engine.loaders import Loader, training_loader, validation_loader
 from engine.options import (
-    describe_recipes,
     natural,
     parse,
     reco_options,
@@ -42,22 +41,15 @@ from inputs.transforms import (
     to_float,
     upsample,
 )
-from mixing import STRATEGIES, mix, paste
+from mixing import STRATEGIES, mix
 from models import MeanTeacher, new_model
-from reco import class_shares, reco_loss, supervised_loss, unsupervised_loss
+from reco import class_shares, class_weights, reco_loss, supervised_loss, unsupervised_loss
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(__doc__, "train_semi.py", RECIPES)
     add = parser.add_argument_group("mean teacher and mixing").add_argument
     add("--mixing-strategy", choices=STRATEGIES, default="classmix", help="how images are mixed")
-    add(
-        "--paste-labels",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="paste the rare classes of labelled images into the mixed ones "
-        f"({describe_recipes(RECIPES)['paste_labels']})",
-    )
     add("--weak-threshold", type=share, default=0.7, help="ReCo ignores pseudo-labels below it")
     add(
         "--labeled-batch-size",
@@ -75,14 +67,22 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def pseudo_label(
-    teacher: MeanTeacher, images: Tensor, accelerator: Accelerator
+    teacher: MeanTeacher, images: Tensor, label_l: Tensor, accelerator: Accelerator, balance: float
 ) -> tuple[Tensor, Tensor]:
     """The teacher's prediction: images [B, 3, H, W] -> label int64 [B, H, W], the class of the
-    highest probability, and confidence [B, H, W], that probability."""
+    highest probability, and confidence [B, H, W], that probability.
+
+    A loss with class weights makes rare classes more likely than they are. A pixel is ignored
+    (label 255, confidence 0) if another class wins without the weights, those of label_l (not in
+    the paper)."""
     with accelerator.autocast():
         logits, _ = teacher.label(images)
     prob = upsample(logits.float(), images.shape[-2:]).softmax(dim=1)
     confidence, label = prob.max(dim=1)
+    weight = class_weights(label_l, prob.shape[1], balance)
+    if weight is not None:
+        same = (prob / weight[:, None, None]).argmax(dim=1) == label
+        label, confidence = torch.where(same, label, IGNORE), confidence * same
     return label, confidence
 
 
@@ -96,25 +96,19 @@ def strong_view(
     rng: np.random.Generator,
     partial: bool,
     fill: Tensor,
-    labelled: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The student's view of pseudo-labelled images: scale, crop, mixing, pasting, colour, blur,
-    flip.
+    """The student's view of pseudo-labelled images: scale, crop, mixing, colour, blur, flip.
 
     images [B, 3, H, W]; label, confidence and known [B, H, W]. Pixels of known classes (partial
     labels; 255 = unknown) replace the pseudo-label, with confidence 1. fill [3, 1, 1] is the
-    colour that CutOut paints. labelled: crops [A, 3, h, w] and their labels [A, h, w] to paste
-    from; partial labels are not pasted. Returns the four at the size of the crop."""
+    colour that CutOut paints. Returns the four at the size of the crop."""
     maps = (label, IGNORE, False), (confidence, 0.0, False), (known, IGNORE, partial)
     view = batch_scale_crop(images, maps, tuple(args.crop_size), tuple(args.scale), rng)
     images, label, confidence, known = view
     label = torch.where(known != IGNORE, known, label)
     confidence = torch.where(known != IGNORE, 1.0, confidence)
-    view = mix(images, label, confidence, args.mixing_strategy, fill, known)
-    images, label, confidence, known = view
-    if args.paste_labels and not partial:
-        images, label, confidence = paste(images, label, confidence, *labelled)
-    return augment(images, (label, confidence, known), rng)
+    images, *maps = mix(images, label, confidence, args.mixing_strategy, fill, known)
+    return augment(images, maps, rng)
 
 
 @torch.no_grad()
@@ -167,12 +161,11 @@ def train_step(
     # 1. move to the device, augment the labelled images
     images_l, images_u = (to_float(batch[0], accelerator.device) for batch in (batch_l, batch_u))
     label_l, known_u = (to_device(b[1], accelerator.device).long() for b in (batch_l, batch_u))
-    labelled = images_l, label_l
     images_l, label_l = augment(images_l, [label_l], rng)
 
     # 2. the teacher's pseudo-labels, and a strong view for the student
-    pseudo = pseudo_label(teacher, images_u, accelerator)
-    view = images_u, *pseudo, known_u, args, rng, partial, teacher.model.mean[0], labelled
+    pseudo = pseudo_label(teacher, images_u, label_l, accelerator, args.class_balance)
+    view = images_u, *pseudo, known_u, args, rng, partial, teacher.model.mean[0]
     images_u, label_u, confidence, known_u = strong_view(*view)
 
     # 3. supervised and unsupervised loss; each batch has its own batch-norm statistics
@@ -209,8 +202,8 @@ def train_step(
         "teacher/share above weak threshold": (confidence >= args.weak_threshold).float().mean(),
         "teacher/share above strong threshold": (confidence >= args.reco_threshold).float().mean(),
     }
-    pairs = {"labels": label_l, "pseudo-labels": pseudo[0]}.items()
-    shares = {name: class_shares(label, logits_l.shape[1]) for name, label in pairs}
+    C = logits_l.shape[1]
+    shares = {"labels": class_shares(label_l, C), "pseudo-labels": class_shares(pseudo[0], C)}
     to_plot = dict(images=[images_l, images_u], label=[label_l, label_u], reco=stats)
     return curves, to_plot | dict(confidence=[label_l != IGNORE, confidence], shares=shares)
 

@@ -28,7 +28,7 @@ VIT_LR_SCALE = 1 / 40
 HARMLESS = {"resume", "out_dir", "num_workers", "save_interval", "log_interval", "log_with"}
 HARMLESS |= {"cache_dir", "data_path", "init_from"}
 # Recipe entries that are not the paper's method in every recipe
-METHOD = ("balanced_sampling", "class_balance", "paste_labels", "average_statistics")
+METHOD = ("balanced_sampling", "class_balance", "average_statistics")
 NOT_GIVEN = object()
 STEPS = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
@@ -123,9 +123,8 @@ def add_data_options(add, datasets: list[str], by: dict[str, str]) -> None:
     add(
         "--paper",
         action="store_true",
-        help="the paper's method on any data: without --balanced-sampling, --class-balance, "
-        "--paste-labels, and with the teacher's own batch-norm statistics (cityscapes, pascal and "
-        "sun have it anyway)",
+        help="the paper's method on any data: without --balanced-sampling and --class-balance, and "
+        "with the teacher's own batch-norm statistics (cityscapes, pascal, sun have it anyway)",
     )
     add(
         "--num-labeled",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inputs.files import IGNORE
-from mixing import STRATEGIES, class_mask, mix, paste, rectangle_mask
+from mixing import STRATEGIES, class_mask, mix, rectangle_mask
 
 
 def batch(size=4, height=24, width=36, classes=6, ignored=0.1):
@@ -49,33 +49,6 @@ def test_everything_follows_one_mask(strategy, size, device):
     assert (origin != own).any() == (
         size > 1 and strategy in ("cutmix", "classmix")
     ) or removed.any()
-
-
-def test_the_rare_classes_of_labelled_images_are_pasted():
-    images, label, confidence = batch(5)
-    images_l = -1 - torch.arange(2.0)[:, None, None, None].expand(2, 3, 24, 36)
-    label_l = torch.zeros(2, 24, 36, dtype=torch.int64)
-    label_l[0, :4], label_l[0, 4:6], label_l[0, 6, :5] = (
-        1,
-        2,
-        3,
-    )  # 0 has the most pixels, 3 the fewest
-    label_l[0, 8] = IGNORE
-    label_l[1, :, :20] = 4
-    rare = torch.stack([(label_l[0] == 2) | (label_l[0] == 3), label_l[1] == 0])
-    before = [t.clone() for t in (images, label, confidence)]
-    new_images, new_label, new_confidence = paste(images, label, confidence, images_l, label_l)
-    assert all(map(torch.equal, before, (images, label, confidence)))
-    for b in range(5):
-        here = rare[b % 2]
-        assert (new_images[b, :, here] == -1 - b % 2).all()
-        assert torch.equal(new_label[b, here], label_l[b % 2][here])
-        assert (new_confidence[b, here] == 1).all()
-        assert torch.equal(new_images[b, :, ~here], images[b, :, ~here])
-        assert torch.equal(new_label[b, ~here], label[b, ~here])
-        assert torch.equal(new_confidence[b, ~here], confidence[b, ~here])
-    one = torch.full_like(label_l, 3)  # a single class: nothing is pasted
-    assert torch.equal(paste(images, label, confidence, images_l, one)[0], images)
 
 
 def test_cutout_fills_and_forgets_half():

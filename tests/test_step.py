@@ -138,6 +138,20 @@ def test_confidence_at_a_threshold_suffices():
             assert stats["num_hard"].tolist() == [hard, 0]
 
 
+def test_a_pseudo_label_that_only_the_class_weights_make_is_ignored():
+    prob = torch.tensor([[0.9, 0.1, 0], [0.4, 0.6, 0], [0.02, 0.98, 0]]).T.reshape(1, 3, 3, 1)
+    teacher = SimpleNamespace(label=lambda images: (prob.clamp_min(1e-9).log(), None))
+    accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+    label_l = torch.zeros(1, 10, 10, dtype=torch.int64)
+    label_l[0, 0, :4] = 1  # 4 %: at 0.5 class 1 weighs sqrt(24) times class 0
+    for balance, labels in ((0.0, [0, 1, 1]), (0.5, [0, IGNORE, 1])):
+        parts = teacher, torch.zeros(1, 3, 3, 1), label_l, accelerator, balance
+        label, confidence = train_semi.pseudo_label(*parts)
+        assert label.flatten().tolist() == labels
+        expected = [0.9, 0.6, 0.98] if balance == 0 else [0.9, 0, 0.98]
+        assert confidence.flatten().tolist() == pytest.approx(expected)
+
+
 @pytest.mark.usefixtures("without_colour")
 @pytest.mark.parametrize("strategy", ["none", "cutmix", "cutout", "classmix"])
 def test_what_the_student_sees(strategy):
@@ -162,24 +176,6 @@ def test_what_the_student_sees(strategy):
         assert (~known).any() == (strategy == "cutout")
     flips = torch.stack(flips).float().mean(0)
     assert (flips > 0).all() and (flips < 1).all()
-
-
-@pytest.mark.usefixtures("without_colour")
-def test_labelled_pixels_are_pasted_before_the_flip():
-    """Into full labels alone; what is pasted has its label and confidence 1, and the labelled batch
-    itself does not change."""
-    pasted = []
-    for partial in (False, True):
-        words = "--paste-labels", "--mixing-strategy", "none", "--reco-threshold", "1"
-        step, plain = (Step(*w, partial=partial, sure=0.1) for w in (words, words[1:]))
-        assert all(map(torch.equal, step.seen[0], plain.seen[0]))
-        certain = step.confidence[2:] == 1
-        pasted.append(certain.float().mean())
-        seen, label = step.seen[1], step.label[2:]
-        one = (seen == seen.amax(1, keepdim=True)).sum(1) == 1
-        assert torch.equal(seen.argmax(1)[one], label[one])
-        assert (seen != plain.seen[1]).any() == certain.any()
-    assert 0 < pasted[0] < 1 / 2 and pasted[1] == 0  # one of three classes
 
 
 @pytest.mark.usefixtures("without_colour")

@@ -69,7 +69,7 @@ def test_the_default_rate_follows_the_global_batch(monkeypatch, capsys):
 
 def test_the_papers_method_on_any_data():
     """Published settings have it, and --paper gives it to others, whose recipe stays."""
-    off = dict(balanced_sampling=False, class_balance=0, paste_labels=False)
+    off = dict(balanced_sampling=False, class_balance=0)
     off |= dict(average_statistics=False)
     for name in ("cityscapes", "pascal", "sun"):
         assert RECIPES[name].items() >= off.items()
@@ -80,8 +80,8 @@ def test_the_papers_method_on_any_data():
                 paper == ours | off | {"paper": True} and paper["iterations"] == ours["iterations"]
             )
             assert ours["balanced_sampling"] and ours["average_statistics"]
-    chosen = train_semi.parse_options(["--paper", "--paste-labels"])
-    assert chosen.paste_labels and not chosen.balanced_sampling
+    chosen = train_semi.parse_options(["--paper", "--class-balance", "0.3"])
+    assert chosen.class_balance == 0.3 and not chosen.balanced_sampling
 
 
 def test_supervised_training_doubles_the_labelled_batch():
