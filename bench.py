@@ -144,7 +144,8 @@ def time_steps(args: Namespace, accelerator: Accelerator, steps: int, trace: Pat
     source = Source(args.dataset, [str(i) for i in range(classes)], [(0, 0, 0)] * classes)
     model, _ = new_model(args, source, accelerator)
     optimizer = new_optimizer(args, model)
-    teacher = MeanTeacher(model, compiled=args.compile)
+    options = dict(compiled=args.compile, average_statistics=args.average_statistics)
+    teacher = MeanTeacher(model, **options)
     student, optimizer = accelerator.prepare(model, optimizer)
     student.train()
     networks = [student, teacher] if script is train_semi else [student]

@@ -239,8 +239,8 @@ def main() -> None:
     state = checkpoint.load_state(folder) if args.resume else None
     model, config = new_model(args, source, accelerator, fresh=state is None)
     optimizer = new_optimizer(args, model)
-    averaged = dict(average_statistics=args.average_statistics)
-    teacher = MeanTeacher(model, compiled=args.compile, **averaged)
+    options = dict(compiled=args.compile, average_statistics=args.average_statistics)
+    teacher = MeanTeacher(model, **options)
     student, optimizer = accelerator.prepare(model, optimizer)  # `model`, wrapped
 
     # the run folder, or with --resume its state; the loaders

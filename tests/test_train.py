@@ -301,7 +301,8 @@ def by_hand(script, words: list[str]) -> tuple:
     split = split_train(source, args, quiet=True)
     single = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
     student, _ = new_model(args, source, single)
-    teacher, hand = MeanTeacher(student), ByHand(new_optimizer(args, student))
+    teacher = MeanTeacher(student, average_statistics=args.average_statistics)
+    hand = ByHand(new_optimizer(args, student))
     loaders = script.training_loaders(args, source, split, hand, 0)
     student.train()
     for micro_step in range(2 * args.iterations):
