@@ -144,10 +144,10 @@ def test_a_pseudo_label_that_only_the_class_weights_make_is_ignored():
     accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
     label_l = torch.zeros(1, 10, 10, dtype=torch.int64)
     label_l[0, 0, :4] = 1  # 4 %: at 0.5 class 1 weighs sqrt(24) times class 0
-    for balance, labels in ((0.0, [0, 1, 1]), (0.5, [0, IGNORE, 1])):
+    for balance, wanted in ((0.0, [0, 1, 1]), (0.5, [0, IGNORE, 1])):
         parts = teacher, torch.zeros(1, 3, 3, 1), label_l, accelerator, balance
         label, confidence = train_semi.pseudo_label(*parts)
-        assert label.flatten().tolist() == labels
+        assert label.flatten().tolist() == wanted
         expected = [0.9, 0.6, 0.98] if balance == 0 else [0.9, 0, 0.98]
         assert confidence.flatten().tolist() == pytest.approx(expected)
 
