@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from PIL import Image
@@ -180,8 +181,9 @@ class MeanTeacher:
         decay = min(1 - 1 / (self.step + 1), self.decay)
         mine, theirs = list(self.model.parameters()), list(student.parameters())
         if self.average_statistics:
-            mine += [b for b in self.model.buffers() if b.is_floating_point()]
-            theirs += [b for b in student.buffers() if b.is_floating_point()]
+            average_over_processes(running_statistics(student))  # one teacher on all processes
+            mine += running_statistics(self.model)
+            theirs += running_statistics(student)
         torch._foreach_lerp_(mine, theirs, 1 - decay)
         self.step += 1
         if statistics:
@@ -194,6 +196,22 @@ class MeanTeacher:
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.step = state["step"]
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """The means and variances of its batch-norm layers."""
+    return [buffer for name, buffer in network.named_buffers() if ".running_" in f".{name}"]
+
+
+def average_over_processes(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over the processes."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, parts, strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 # ----------------------------------------------------------------------------- the start of a run
