@@ -63,7 +63,7 @@ MAIN = ["supervised", "ClassMix", "ClassMix + ReCo"]
 CAMVID = "--dataset camvid --data-path dataset/CamVid --backbone-weights dataset/lite0.safetensors"
 PAPER = f"--paper {CAMVID}"
 TILES = "--dataset folder --data-path dataset/tiles --backbone-weights dataset/lite0.safetensors "
-TILES += "--recipe camvid --iterations 750 --val-interval 150"
+TILES += "--recipe camvid --iterations 1500 --val-interval 250"
 RATES = (0.01, 0.02, 0.04)
 
 
@@ -78,7 +78,10 @@ SETTINGS = {
     "street, p0": Setting("--label-ratio p0", (0.2,)),
     "camvid, 20 labels": Setting(f"{CAMVID} --num-labeled 20", (0.04,)),
     "camvid, p0": Setting(f"{CAMVID} --label-ratio p0", (0.04,)),
-    "tiles, 30 labels": Setting(f"{TILES} --num-labeled 30", (0.04,)),
+    "tiles, 30 labels": Setting(f"{TILES} --num-labeled 30", (0.04,), ["supervised"]),
+    "tiles, 30 labels, 8 labelled a step": Setting(
+        f"{TILES} --num-labeled 30 --labeled-batch-size 8", (0.04,), ["ClassMix", "ClassMix + ReCo"]
+    ),
     "tiles, 301 labels": Setting(f"{TILES} --num-labeled 0", (0.04,), ["supervised"]),
     # the paper's method on these data
     "street, 20 labels, paper": Setting("--paper --num-labeled 20", (0.1, 0.2, 0.4)),
