@@ -58,10 +58,12 @@ PAPER = dict(
     warmup_iterations=0,
     num_labeled=0,
     num_workers=None,  # by the number of cores
+    balanced_sampling=False,
+    class_balance=0.0,
+    average_statistics=False,
 )
 # What differs from the paper's method on data that the paper has not seen; --paper undoes it
 OURS = dict(balanced_sampling=True, class_balance=0.5, average_statistics=True)
-PAPER |= dict(balanced_sampling=False, class_balance=0.0, average_statistics=False)
 
 
 # ------------------------------------------------------------------------- streets, drawn in memory

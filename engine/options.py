@@ -27,7 +27,7 @@ VIT_LR_SCALE = 1 / 40
 # Options that may differ on --resume, since they do not change the result
 HARMLESS = {"resume", "out_dir", "num_workers", "save_interval", "log_interval", "log_with"}
 HARMLESS |= {"cache_dir", "data_path", "init_from"}
-# Recipe entries that are not the paper's method in every recipe
+# The recipe entries that --paper sets to the paper's values
 METHOD = ("balanced_sampling", "class_balance", "average_statistics")
 NOT_GIVEN = object()
 STEPS = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
